@@ -1,0 +1,213 @@
+"""The small rest: pixels and floats, files written whole, the loss log, errors for people."""
+
+import argparse
+import contextlib
+import csv
+import os
+import shutil
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torchvision.utils import make_grid
+
+LOSSES = "D_I", "D_V", "G_I", "G_V"  # the four terms, in the order that every part keeps
+
+
+# ---------------------------------------------------------------- errors and the command line
+
+
+class UserError(Exception):
+    """Something that the person at the command line can mend: one line, what and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that shows the defaults and says what is wrong in one line (status 2)."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+@contextlib.contextmanager
+def one_line_errors(parser):
+    """Turn a UserError, or a file that can't be read or written, into `parser.error`."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        parser.error(str(error))
+
+
+def number(kind, low, high=float("inf")):
+    """An argparse type: an int or a float (`kind`) from `low` to `high`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high or value == float("inf"):
+            whole = "a whole number" if kind is int else "a number"
+            upto = "" if high == float("inf") else f" to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {whole} from {low}{upto}")
+        return value
+
+    return parse
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def to_float(pixels):
+    """Bytes 0..255 to float32 -1..1, the range of G_I's Tanh. Any shape."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(frames):
+    """Float -1..1 to bytes 0..255, rounded; the inverse of `to_float`. Any shape."""
+    return ((frames.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def video_grid(videos, columns=4):
+    """Videos side by side: (B, 3, K, S, S) float in [-1, 1] to (K, H, W, 3) uint8."""
+    frames = to_uint8(videos).cpu().unbind(dim=2)
+    grids = [make_grid(f, nrow=columns, padding=2, pad_value=255) for f in frames]
+    return torch.stack(grids).permute(0, 2, 3, 1).numpy()
+
+
+# ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Open `path` for writing bytes so that it appears whole or not at all.
+
+    What is written goes to `<path>.part`, which takes the name of `path` once it is on the disk.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def save_gif(path, frames, fps=25):
+    """Write frames, (K, H, W, 3) uint8, as a GIF that loops for ever."""
+    with whole_file(path) as file:
+        iio.imwrite(file, frames, extension=".gif", plugin="pillow", duration=1000 / fps, loop=0)
+
+
+def move_old_run(models, videos):
+    """Move what an earlier run left in its two folders into dated folders in them.
+
+    The date is that of the run's newest file. Files that no run writes stay where they are.
+    Returns the dated folders, an empty list where there was nothing to move.
+    """
+    names = "checkpoint.pt", "losses.csv", "losses.png", "events.out.tfevents.*"
+    old = {models: [p for name in names for p in models.glob(name)]}
+    old[videos] = [p for name in ("real.gif", "epoch-*.gif") for p in videos.glob(name)]
+    newest = max((p.stat().st_mtime for paths in old.values() for p in paths), default=None)
+    if newest is None:
+        return []
+    date = stamp = datetime.fromtimestamp(newest).strftime("%Y-%m-%d_%H-%M-%S")
+    again = 1
+    while any((folder / stamp).exists() for folder in old):
+        again += 1
+        stamp = f"{date}_{again}"
+    for folder, paths in old.items():
+        for path in paths:
+            (folder / stamp).mkdir(exist_ok=True)
+            shutil.move(path, folder / stamp / path.name)
+    return [folder / stamp for folder, paths in old.items() if paths]
+
+
+# ---------------------------------------------------------------- losses
+
+
+class LossLog:
+    """The losses of every epoch, in `folder`: losses.csv, losses.png and TensorBoard events.
+
+    epoch: the epoch the run stands at; rows of later ones (of a run that was cut off after its
+    checkpoint) are dropped.
+    """
+
+    def __init__(self, folder, epoch=0):
+        self.path = folder / "losses.csv"
+        self.rows = [row for row in self._read() if row[0] <= epoch]
+        with whole_file(self.path) as file:
+            lines = [("epoch", *LOSSES, "seconds"), *self.rows]
+            file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+        self.file = open(self.path, "a", newline="")  # noqa: SIM115 (closed by close)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(folder, purge_step=epoch + 1)
+        except ImportError:
+            print("tensorboard is not installed: losses go to losses.csv and losses.png only")
+            self.board = None
+
+    def _read(self):
+        if not self.path.exists():
+            return
+        with open(self.path, newline="") as file:
+            for row in csv.DictReader(file):
+                with contextlib.suppress(TypeError, ValueError):  # a line cut short
+                    values = [np.float32(row[name]) for name in LOSSES]
+                    yield int(row["epoch"]), *values, float(row["seconds"])
+
+    def add(self, epoch, losses, seconds):
+        """Log epochs `epoch` - n + 1 ... `epoch`, (n, 4) losses, which took `seconds` in all."""
+        each = round(seconds / len(losses), 6)
+        for i, row in enumerate(losses.float().cpu().numpy(), start=epoch - len(losses) + 1):
+            self.rows.append((i, *row, each))
+            self.file.write(",".join(map(str, self.rows[-1])) + "\n")
+            if self.board:
+                for name, value in zip(LOSSES, row):
+                    self.board.add_scalar(f"loss/{name}", value, i)
+                self.board.add_scalar("seconds an epoch", each, i)
+        self.file.flush()
+
+    def add_image(self, name, image, epoch):
+        """Show an image, (H, W, 3) uint8, in TensorBoard."""
+        if self.board:
+            self.board.add_image(name, image, epoch, dataformats="HWC")
+            self.board.flush()
+
+    def plot(self):
+        """Draw losses.png: each loss of each epoch faintly, and its running mean."""
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        table = np.array(self.rows, dtype=np.float64).reshape(-1, len(LOSSES) + 2)
+        width = max(1, len(table) // 50)
+        for axes, looks_at, pair in zip(figure.subplots(1, 2), ("frames", "videos"), ((1, 3), (2, 4))):
+            for column, colour in zip(pair, ("tab:blue", "tab:orange")):
+                values = table[:, column]
+                axes.plot(table[:, 0], values, color=colour, alpha=0.25, linewidth=0.5)
+                if len(values):
+                    mean = np.convolve(values, np.ones(width) / width, mode="valid")
+                    epochs = table[width - 1 :, 0]
+                    axes.plot(epochs, mean, color=colour)
+                axes.plot([], [], color=colour, label=LOSSES[column - 1])
+            axes.set(xlabel="epoch", ylabel="binary cross-entropy", title=f"losses on {looks_at}")
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+            axes.legend(loc="upper left")
+        with whole_file(self.path.with_suffix(".png")) as file:
+            figure.savefig(file, format="png", dpi=100)
+
+    def close(self):
+        self.file.close()
+        if self.board:
+            self.board.close()
