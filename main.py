@@ -8,15 +8,22 @@ Look at generated_videos/*.gif and trained_models/losses.png while it runs, or a
 `tensorboard --logdir trained_models`.
 """
 
-import sys
 from pathlib import Path
 
 import torch
 
 from data import ClipDataset
 from trainer import Trainer, parameters, train
-from utils import LossLog, Parser, UserError, move_old_run, number, one_line_errors
-from utils import save_gif, video_grid
+from utils import (
+    LossLog,
+    Parser,
+    UserError,
+    move_old_run,
+    number,
+    one_line_errors,
+    save_gif,
+    video_grid,
+)
 
 
 def parse(argv=None):
@@ -83,7 +90,9 @@ def run(args):
     precision = pick_precision(args.precision, device)
     checkpoint = args.models / "checkpoint.pt"
     if args.pre_train == 1 and not checkpoint.is_file():
-        raise UserError(f"--pre-train 1: {checkpoint} is not there; leave the flag out to start anew")
+        raise UserError(
+            f"--pre-train 1: {checkpoint} is not there; leave the flag out to start anew"
+        )
 
     clips = ClipDataset(args.data, args.frames)
     for line in clips.skipped:
@@ -139,6 +148,10 @@ def run(args):
             sample_every=args.sample_every,
             checkpoint_every=args.checkpoint_every,
         )
+    except KeyboardInterrupt:
+        if checkpoint.exists():
+            print(f"{checkpoint} is safe; --pre-train 1 goes on from it")
+        raise
     finally:
         log.close()
     print(f"done: {args.videos / f'epoch-{trainer.epoch:06d}.gif'}, {checkpoint}")
@@ -147,12 +160,7 @@ def run(args):
 def main(argv=None):
     parser, args = parse(argv)
     with one_line_errors(parser):
-        try:
-            run(args)
-        except KeyboardInterrupt:
-            resume = "; --pre-train 1 goes on from it" if (args.models / "checkpoint.pt").exists() else ""
-            print(f"\nstopped; what is safe is the last checkpoint{resume}", file=sys.stderr)
-            sys.exit(130)
+        run(args)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,11 @@ class VideoGenerator(nn.Module):
         (B, K, 10) with K = length, and the first state h0 (B, 10).
         """
         device = next(self.parameters()).device
-        shapes = (batch_size, DIM_CONTENT), (batch_size, length, DIM_NOISE), (batch_size, DIM_MOTION)
+        shapes = (
+            (batch_size, DIM_CONTENT),
+            (batch_size, length, DIM_NOISE),
+            (batch_size, DIM_MOTION),
+        )
         return tuple(torch.randn(shape, generator=rng).to(device) for shape in shapes)
 
     def path(self, z_content, e, h0):

@@ -10,6 +10,7 @@ non-saturating form, and 0.9 in place of 1 as the label of what is to look real.
 """
 
 import math
+import pickle
 import time
 
 import torch
@@ -164,9 +165,16 @@ class Trainer:
     def load(self, path, settings):
         """Go on from `path`. Returns a line for each setting that is another now than it was.
 
-        Raises UserError where the settings that shape the networks differ.
+        Raises UserError where `path` is no checkpoint of ours, or where the settings that shape the
+        networks differ.
         """
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            ours = checkpoint["format"] == FORMAT
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError):
+            ours = False
+        if not ours:
+            raise UserError(f"{path}: not a checkpoint of this program, or a damaged one")
         old = checkpoint["settings"]
         changed = [
             f"{name} was {old[name]}, is {value} now"

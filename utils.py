@@ -5,9 +5,7 @@ import contextlib
 import csv
 import os
 import shutil
-import sys
 from datetime import datetime
-from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -38,11 +36,16 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def one_line_errors(parser):
-    """Turn a UserError, or a file that can't be read or written, into `parser.error`."""
+    """Turn a UserError, or a file that can't be read or written, into `parser.error`.
+
+    Ctrl-C ends in one line too, with status 130.
+    """
     try:
         yield
     except (UserError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: stopped\n")
 
 
 def number(kind, low, high=float("inf")):
@@ -191,7 +194,9 @@ class LossLog:
         FigureCanvasAgg(figure)
         table = np.array(self.rows, dtype=np.float64).reshape(-1, len(LOSSES) + 2)
         width = max(1, len(table) // 50)
-        for axes, looks_at, pair in zip(figure.subplots(1, 2), ("frames", "videos"), ((1, 3), (2, 4))):
+        for axes, looks_at, pair in zip(
+            figure.subplots(1, 2), ("frames", "videos"), ((1, 3), (2, 4))
+        ):
             for column, colour in zip(pair, ("tab:blue", "tab:orange")):
                 values = table[:, column]
                 axes.plot(table[:, 0], values, color=colour, alpha=0.25, linewidth=0.5)

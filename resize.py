@@ -1,0 +1,428 @@
+"""Turn video clips into fixed 96×96 frame arrays for main.py.
+
+    python resize.py                  # videos in raw_data/<action>/ (or in resized_data/ itself)
+    python resize.py --download       # fetch the Weizmann clips into raw_data/ first
+    python resize.py --synthetic      # no data at all: draw people doing the ten actions
+
+Each clip becomes resized_data/<action>/<clip>.npy: uint8, (n_frames, 96, 96, 3), RGB. Running it
+again only does what is new or has changed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import HTTPError
+
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a bad file gets our line, not FFmpeg's
+os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
+
+import cv2
+import numpy as np
+from numpy.lib import format as npy
+from tqdm import tqdm
+
+import synthetic
+from utils import Parser, UserError, number, one_line_errors, whole_file
+
+VIDEOS = {".avi", ".mp4", ".mov", ".mkv", ".webm", ".gif"}
+STRIPS = {".jpg", ".jpeg", ".png"}
+MIN_FRAMES = 16  # the window of the video discriminator
+RECORD = "clips.json"  # in --out: what each array was made from
+DRAWN = "synthetic"  # the source of an array, there, that --synthetic drew
+
+URL = "https://www.wisdom.weizmann.ac.il/~vision/VideoAnalysis/Demos/SpaceTimeActions/DB"
+ACTIONS = "bend", "jack", "jump", "pjump", "run", "side", "skip", "walk", "wave1", "wave2"
+
+
+# ---------------------------------------------------------------- geometry
+
+
+def resize_frame(frame, size=96):
+    """Scale and crop one frame, (H, W, 3) uint8, to (size, size, 3), as SPEC.md's data section.
+
+    Scaled to height 1.5 size (or to width `size`, where it would be narrower), then the centre is
+    cut. A 180×144 frame at size 96 is only cut: left 42, top 24. A square frame is scaled whole.
+    """
+    height, width = frame.shape[:2]
+    if height == width:
+        new = size, size
+    else:
+        new = round(width * size * 3 / 2 / height), size * 3 // 2
+        if new[0] < size:
+            new = size, round(height * size / width)
+    if new != (width, height):
+        shrinks = new[0] < width
+        frame = cv2.resize(frame, new, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    left, top = (new[0] - size) // 2, (new[1] - size) // 2
+    return frame[top : top + size, left : left + size]
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Unusable(Exception):
+    """Why a file gives no clip."""
+
+
+def read_frames(path):
+    """Yield the frames of a video or of an image strip: (H, W, 3) uint8, RGB.
+
+    Raises Unusable if `path` cannot be read as what its name says.
+    """
+    return read_strip(path) if path.suffix.lower() in STRIPS else read_video(path)
+
+
+def read_video(path):
+    """Yield the frames of an AVI, MP4, MOV, MKV, WEBM or GIF file."""
+    with open(path, "rb"):  # says what is wrong with it, where OpenCV only says no
+        capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    try:
+        if not capture.isOpened():
+            raise Unusable("not a video that can be read")
+        while True:
+            ok, frame = capture.read()
+            if not ok:
+                break
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+    finally:
+        capture.release()
+
+
+def read_strip(path):
+    """Yield the square frames of an image strip, side by side or one below the other."""
+    image = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+    if image is None:
+        raise Unusable("not an image that can be read")
+    height, width = image.shape[:2]
+    side = min(height, width)
+    if max(height, width) % side:
+        raise Unusable(f"{width}×{height} is not a strip of square frames")
+    image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    yield from np.split(image, max(height, width) // side, axis=1 if width > height else 0)
+
+
+# ---------------------------------------------------------------- writing
+
+
+@dataclass
+class Source:
+    """What one array is made from."""
+
+    name: str  # for people
+    identity: list  # plain values; the array is made anew when they change
+    frames: Callable  # called with nothing, gives the frames
+
+
+def write_clip(path, frames, size=96, every=1):
+    """Resize every `every`-th of `frames` and write them to `path` as one array.
+
+    Frame by frame, so that a clip of any length takes little memory; whole or not at all. Returns
+    the number of frames written. Raises Unusable if there are fewer than 16.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seen = kept = 0
+    with whole_file(path) as file:
+
+        def write_header(n):  # as long for any n: NumPy leaves room for the first axis to grow
+            file.seek(0)
+            shape = {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)}
+            npy.write_array_header_1_0(file, shape)
+
+        write_header(0)
+        for frame in frames:
+            if seen % every == 0:
+                file.write(np.ascontiguousarray(resize_frame(frame, size)))
+                kept += 1
+            seen += 1
+        if seen == 0:
+            raise Unusable("has no frames")
+        if kept < MIN_FRAMES:
+            of = f" (every {every} of {seen})" if every > 1 else ""
+            raise Unusable(f"{kept} frames{of}, shorter than {MIN_FRAMES}")
+        write_header(kept)
+    return kept
+
+
+def is_whole(path, frames, size):
+    """Whether `path` holds an array of that many frames of that size."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return False
+    return array.shape == (frames, size, size, 3) and array.dtype == np.uint8
+
+
+def find_clips(raw, out):
+    """Find the videos and strips below `raw`, and those lying in `out` itself.
+
+    Returns a dict from the path of the array, below `out`, to its Source, and a list of the files
+    left out: pairs of name and reason.
+    """
+    sources, skipped = {}, []
+    for root in dict.fromkeys((raw, out)):
+        for path in sorted(root.rglob("*")):
+            relative = path.relative_to(root)
+            hidden = any(part.startswith(".") for part in relative.parts)
+            if hidden or path.suffix.lower() not in VIDEOS | STRIPS or not path.is_file():
+                continue
+            array = relative.with_suffix(".npy")
+            if array in sources:
+                skipped.append((path, f"would make the same array as {sources[array].name}"))
+                continue
+            about = path.stat()
+            identity = [relative.as_posix(), about.st_size, about.st_mtime_ns]
+            sources[array] = Source(str(path), identity, partial(read_frames, path))
+    return sources, skipped
+
+
+def convert(sources, out, size=96, every=1):
+    """Write an array for each of `sources` (see `find_clips`), unless `out` has it already.
+
+    Returns a dict from the arrays to their numbers of frames, and a list of those left out: pairs
+    of name and reason.
+    """
+    record = read_record(out)
+    done, skipped = {}, []
+    try:
+        for array, source in tqdm(sources.items(), desc="resizing", unit="clip"):
+            made_from = {"source": source.identity, "size": size, "every": every}
+            old = dict(record.pop(array.as_posix(), {}))
+            frames = old.pop("frames", 0)
+            if old != made_from or not is_whole(out / array, frames, size):
+                try:
+                    frames = write_clip(out / array, source.frames(), size, every)
+                except (Unusable, OSError, cv2.error) as reason:
+                    if old:  # an array was made from what the file was before
+                        (out / array).unlink(missing_ok=True)
+                    skipped.append((source.name, reason))
+                    continue
+            record[array.as_posix()] = {**made_from, "frames": frames}
+            done[array] = frames
+    finally:
+        write_record(out, record)
+    return done, skipped
+
+
+def read_record(out):
+    """What the arrays in `out` were made from: a dict by their names, empty if nobody knows."""
+    try:
+        return json.loads((out / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def write_record(out, record):
+    with whole_file(out / RECORD) as file:
+        file.write(json.dumps(record, indent=1).encode())
+
+
+# ---------------------------------------------------------------- downloading
+
+
+def download(raw, url=URL):
+    """Fetch the ten zips of the Weizmann data set into `raw` and unpack them there, by action.
+
+    What is there already is not fetched again; a download that was cut off is taken up where it
+    stopped. Raises UserError where the server cannot be reached or gives no sound archive.
+    """
+    raw.mkdir(parents=True, exist_ok=True)
+    for action in ACTIONS:
+        archive = raw / f"{action}.zip"
+        if not archive.exists():
+            fetch(f"{url.rstrip('/')}/{action}.zip", archive)
+        unpack(archive, raw / action)
+
+
+def fetch(url, path, tries=3):
+    """Download `url` to `path`, by way of `<path>.part`, which a later call goes on with."""
+    part = path.with_name(path.name + ".part")
+    for left in reversed(range(tries)):
+        try:
+            fetch_rest(url, part)
+            break
+        except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
+            if left and not isinstance(error, HTTPError):
+                continue
+            reason = getattr(error, "reason", None) or error
+            raise UserError(
+                f"cannot download {url}: {reason}; run the same again to go on where it stopped, "
+                "name a mirror with --url, or do without the data with --synthetic"
+            ) from None
+    if not is_sound(part):
+        part.unlink()
+        raise UserError(f"{url}: what arrived is not a sound zip; run the same again")
+    os.replace(part, path)
+
+
+def fetch_rest(url, part):
+    """Append to `part` what it lacks of `url`. Raises OSError if the connection ends early."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(
+        url, headers={"User-Agent": "mocogan", "Range": f"bytes={have}-"}
+    )
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except HTTPError as error:
+        if error.code == 416 and have:  # nothing is left to send: it was all there
+            return
+        raise
+    with response, open(part, "ab") as file:
+        if response.status != 206:  # the server sends all of it
+            file.truncate(have := 0)
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        name = part.name.removesuffix(".part")
+        with tqdm(desc=name, initial=have, total=total, unit="B", unit_scale=True) as bar:
+            while block := response.read(1 << 16):
+                file.write(block)
+                bar.update(len(block))
+            if total is not None and bar.n < total:
+                raise ConnectionError(f"the connection ended after {bar.n} of {total} bytes")
+
+
+def is_sound(archive):
+    """Whether `archive` is a zip whose members can all be read and match their checksums."""
+    try:
+        with zipfile.ZipFile(archive) as members:
+            return members.testzip() is None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error):
+        return False
+
+
+def unpack(archive, folder):
+    """Unpack a zip into `folder`, but for what is there; each file whole or not at all.
+
+    Raises UserError if the archive is damaged or a member would land outside `folder`.
+    """
+    if not is_sound(archive):
+        raise UserError(f"{archive}: not a sound zip; delete it and run the same again")
+    with zipfile.ZipFile(archive) as members:
+        files = [member for member in members.infolist() if not member.is_dir()]
+        for member in files:
+            target = folder / member.filename
+            if not target.resolve().is_relative_to(folder.resolve()):
+                raise UserError(
+                    f"{archive}: refused, {member.filename} would land outside {folder}"
+                )
+        for member in files:
+            target = folder / member.filename
+            if target.exists() and target.stat().st_size == member.file_size:
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with members.open(member) as source, whole_file(target) as file:
+                shutil.copyfileobj(source, file)
+
+
+# ---------------------------------------------------------------- synthetic clips
+
+
+def synthetic_clips():
+    """The nine drawn people doing the ten actions, as `convert` takes them."""
+    return {
+        Path(action, f"{person.name}_{action}.npy"): Source(
+            f"{person.name}_{action}",
+            [DRAWN, synthetic.VERSION],
+            partial(synthetic.draw_clip, person, action),
+        )
+        for action in ACTIONS
+        for person in synthetic.PEOPLE
+    }
+
+
+# ---------------------------------------------------------------- the command
+
+
+def frame_size(text):
+    """An argparse type: 32, 48, 64 ... 256."""
+    size = number(int, 32, 256)(text)
+    if size % 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 16")
+    return size
+
+
+def parse(argv=None):
+    parser = Parser(prog="resize.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--raw", type=Path, default="raw_data", help="folder of videos, in a subfolder an action")
+    add("--out", type=Path, default="resized_data", help="folder for the arrays")
+    add("--size", type=frame_size, default=96, help="side of a frame: a multiple of 16, 32 to 256")
+    add("--every", type=number(int, 1), default=1, help="keep every Nth frame")
+    add("--download", action="store_true", help="fetch the Weizmann clips into --raw first")
+    add("--url", default=URL, help="with --download: where the ten zips are")
+    add("--synthetic", action="store_true", help="draw clips instead of reading any")
+    args = parser.parse_args(argv)
+    if args.download and args.synthetic:
+        parser.error("--download and --synthetic do not go together: choose one")
+    if not args.url.startswith(("http://", "https://")):
+        parser.error(f"--url {args.url}: must begin with http:// or https://")
+    return parser, args
+
+
+def make_arrays(args):
+    if args.download:
+        download(args.raw, args.url)
+    if args.synthetic:
+        sources, skipped = synthetic_clips(), []
+    else:
+        sources, skipped = find_clips(args.raw, args.out)
+        if not sources:
+            raise UserError(
+                f"no videos in {args.raw}; put some into a folder for each action there, "
+                "fetch the Weizmann clips with --download, or draw some with --synthetic"
+            )
+    args.out.mkdir(parents=True, exist_ok=True)
+    make_room(args.out, args.synthetic)
+    done, failed = convert(sources, args.out, args.size, args.every)
+    skipped += failed
+    for name, reason in skipped:
+        print(f"skipped {name}: {reason}")
+    if not done:
+        raise UserError(
+            f"none of the {len(skipped)} files in {args.raw} gave a clip; "
+            "try others, or --download, or --synthetic"
+        )
+    actions = {array.parts[0] for array in done if len(array.parts) > 1}
+    print(
+        f"{len(done)} clips, {sum(done.values())} frames, {len(actions)} actions → {args.out} "
+        f"({len(skipped)} skipped)"
+    )
+    if others := [a for a in args.out.rglob("*.npy") if a.relative_to(args.out) not in done]:
+        print(f"note: {args.out} holds {len(others)} more arrays, such as {others[0]}")
+
+
+def make_room(out, drawing):
+    """Keep drawn people and real ones apart: drawn arrays give way to real ones, never the reverse.
+
+    Raises UserError if drawn clips are to go where others are.
+    """
+    record = read_record(out)
+    drawn = [name for name, about in record.items() if about["source"][0] == DRAWN]
+    if drawing:
+        others = [a for a in out.rglob("*.npy") if a.relative_to(out).as_posix() not in drawn]
+        if others:
+            raise UserError(f"--synthetic: {out} holds other clips; name another folder with --out")
+    elif drawn:
+        for name in drawn:
+            (out / name).unlink(missing_ok=True)
+            del record[name]
+        write_record(out, record)
+        print(f"removed {len(drawn)} clips that --synthetic had drawn in {out}")
+
+
+def main(argv=None):
+    parser, args = parse(argv)
+    with one_line_errors(parser):
+        make_arrays(args)
+
+
+if __name__ == "__main__":
+    main()
