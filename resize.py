@@ -9,6 +9,7 @@ again only does what is new or has changed.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -36,7 +37,7 @@ from utils import Parser, UserError, number, one_line_errors, whole_file
 VIDEOS = {".avi", ".mp4", ".mov", ".mkv", ".webm", ".gif"}
 STRIPS = {".jpg", ".jpeg", ".png"}
 MIN_FRAMES = 16  # the window of the video discriminator
-RECORD = "clips.json"  # in --out: what each array was made from
+RECORD = "clips.jsonl"  # in --out: what each array was made from
 DRAWN = "synthetic"  # the source of an array, there, that --synthetic drew
 
 URL = "https://www.wisdom.weizmann.ac.il/~vision/VideoAnalysis/Demos/SpaceTimeActions/DB"
@@ -152,15 +153,6 @@ def write_clip(path, frames, size=96, every=1):
     return kept
 
 
-def is_whole(path, frames, size):
-    """Whether `path` holds an array of that many frames of that size."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return False
-    return array.shape == (frames, size, size, 3) and array.dtype == np.uint8
-
-
 def find_clips(raw, out):
     """Find the videos and strips below `raw`, and those lying in `out` itself.
 
@@ -192,37 +184,50 @@ def convert(sources, out, size=96, every=1):
     """
     record = read_record(out)
     done, skipped = {}, []
-    try:
+    with open(out / RECORD, "a") as file:
         for array, source in tqdm(sources.items(), desc="resizing", unit="clip"):
             made_from = {"source": source.identity, "size": size, "every": every}
-            old = dict(record.pop(array.as_posix(), {}))
-            frames = old.pop("frames", 0)
-            if old != made_from or not is_whole(out / array, frames, size):
+            frames = count_frames(out / array, size) if record.get(array) == made_from else None
+            if frames is None:
+                # In this order, whenever the process may be killed, no array lies there that was
+                # made from something other than what the record says.
+                (out / array).unlink(missing_ok=True)
+                file.write(json.dumps([array.as_posix(), made_from]) + "\n")
+                file.flush()
                 try:
                     frames = write_clip(out / array, source.frames(), size, every)
                 except (Unusable, OSError, cv2.error) as reason:
-                    if old:  # an array was made from what the file was before
-                        (out / array).unlink(missing_ok=True)
                     skipped.append((source.name, reason))
                     continue
-            record[array.as_posix()] = {**made_from, "frames": frames}
             done[array] = frames
-    finally:
-        write_record(out, record)
+    write_record(out, read_record(out))
     return done, skipped
 
 
-def read_record(out):
-    """What the arrays in `out` were made from: a dict by their names, empty if nobody knows."""
+def count_frames(path, size):
+    """The number of frames in a whole array of frames of that size; None if it is not one."""
     try:
-        return json.loads((out / RECORD).read_text())
-    except (OSError, ValueError):
-        return {}
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return len(array) if array.dtype == np.uint8 and array.shape[1:] == (size, size, 3) else None
+
+
+def read_record(out):
+    """What the arrays in `out` were made from: a dict by their paths, of those that are there."""
+    record = {}
+    with contextlib.suppress(FileNotFoundError), open(out / RECORD) as file:
+        for line in file:
+            with contextlib.suppress(ValueError):  # a line cut short
+                array, made_from = json.loads(line)
+                record[Path(array)] = made_from
+    return {array: made_from for array, made_from in record.items() if (out / array).exists()}
 
 
 def write_record(out, record):
     with whole_file(out / RECORD) as file:
-        file.write(json.dumps(record, indent=1).encode())
+        for array, made_from in record.items():
+            file.write(json.dumps([array.as_posix(), made_from]).encode() + b"\n")
 
 
 # ---------------------------------------------------------------- downloading
@@ -405,16 +410,14 @@ def make_room(out, drawing):
     Raises UserError if drawn clips are to go where others are.
     """
     record = read_record(out)
-    drawn = [name for name, about in record.items() if about["source"][0] == DRAWN]
+    drawn = [array for array, made_from in record.items() if made_from["source"][0] == DRAWN]
     if drawing:
-        others = [a for a in out.rglob("*.npy") if a.relative_to(out).as_posix() not in drawn]
+        others = [array for array in out.rglob("*.npy") if array.relative_to(out) not in drawn]
         if others:
             raise UserError(f"--synthetic: {out} holds other clips; name another folder with --out")
     elif drawn:
-        for name in drawn:
-            (out / name).unlink(missing_ok=True)
-            del record[name]
-        write_record(out, record)
+        for array in drawn:
+            (out / array).unlink()
         print(f"removed {len(drawn)} clips that --synthetic had drawn in {out}")
 
 

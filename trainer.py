@@ -26,8 +26,8 @@ FORMAT = 1  # of checkpoint.pt
 
 
 def bce(logits, label):
-    """Binary cross-entropy of log-odds (any shape) against one label, in float32: a scalar."""
-    logits = logits.float()
+    """Binary cross-entropy of log-odds (any shape) against one label, at least in float32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
 
 

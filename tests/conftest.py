@@ -1,0 +1,92 @@
+"""Fixtures: real clips where ../shared/weizmann is there, drawn ones elsewhere."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+SHARED = ROOT.parent / "shared" / "weizmann"
+
+import resize  # noqa: E402
+import synthetic  # noqa: E402
+from data import ClipDataset  # noqa: E402
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+def pytest_report_header():
+    kind = f"real, {SHARED}" if SHARED.is_dir() else "synthetic (there is no ../shared/weizmann)"
+    return f"clips: {kind}; devices: {', '.join(DEVICES)}"
+
+
+def write_video(path, frames, **options):
+    """Write a video with imageio's ffmpeg (or, a GIF, with Pillow), in its own size."""
+    if path.suffix == ".gif":
+        iio.imwrite(path, frames, duration=40, loop=0)
+    else:
+        options = {"codec": "libx264", "macro_block_size": 2, "quality": 9} | options
+        iio.imwrite(path, frames, plugin="FFMPEG", fps=25, **options)
+
+
+@pytest.fixture(scope="session")
+def weizmann(tmp_path_factory):
+    """Raw clips, the same clips as published (96×96, named by number), and how many there are.
+
+    (raw folder, published folder, clips, frames, actions). Without the real ones: drawn ones, laid
+    out the same way.
+    """
+    if SHARED.is_dir():
+        return SHARED / "raw_data", SHARED / "resized_data", 83, 5370, 10
+    folder = tmp_path_factory.mktemp("weizmann")
+    total = 0
+    for number, action in enumerate(synthetic.MOVEMENTS):
+        frames = np.stack(list(synthetic.draw_clip(synthetic.PEOPLE[number % 9], action)))
+        total += len(frames)
+        (folder / "raw" / action).mkdir(parents=True)
+        (folder / "published").mkdir(exist_ok=True)
+        write_video(folder / "raw" / action / f"clip{number:02d}_{action}.avi", frames)
+        write_video(folder / "published" / f"{number}.mp4", frames[:, 24:120, 42:138])
+    return folder / "raw", folder / "published", 10, total, 10
+
+
+@pytest.fixture(scope="session")
+def clips_folder(tmp_path_factory):
+    """A small data set: five clips of three actions, 32×32."""
+    out = tmp_path_factory.mktemp("clips")
+    if SHARED.is_dir():
+        sources, _ = resize.find_clips(SHARED / "raw_data", out)
+    else:
+        sources = resize.synthetic_clips()
+    chosen = [a for a in sources if a.parts[0] in ("jack", "walk", "wave2")][::5]
+    resize.convert({array: sources[array] for array in chosen}, out, size=32)
+    return out
+
+
+@pytest.fixture
+def clips(clips_folder):
+    return ClipDataset(clips_folder)
+
+
+@pytest.fixture(scope="session")
+def drawn():
+    """A drawn clip: (n, 144, 180, 3) uint8."""
+    return np.stack(list(synthetic.draw_clip(synthetic.PEOPLE[0], "jack")))
+
+
+def run(script, *args, status=0, timeout=300):
+    """Run a script of the project as a person would; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done

@@ -1,0 +1,145 @@
+import contextlib
+import io
+
+import pytest
+import torch
+from torchsummary import summary
+
+from models import (
+    ImageDiscriminator,
+    ImageGenerator,
+    MotionRNN,
+    VideoDiscriminator,
+    VideoGenerator,
+)
+
+# SPEC.md's tables, as torchsummary prints them: layer, output shape, parameters.
+GENERATOR = """
+    ConvTranspose2d-1            [-1, 512, 6, 6]       1,105,920
+        BatchNorm2d-2            [-1, 512, 6, 6]           1,024
+               ReLU-3            [-1, 512, 6, 6]               0
+    ConvTranspose2d-4          [-1, 256, 12, 12]       2,097,152
+        BatchNorm2d-5          [-1, 256, 12, 12]             512
+               ReLU-6          [-1, 256, 12, 12]               0
+    ConvTranspose2d-7          [-1, 128, 24, 24]         524,288
+        BatchNorm2d-8          [-1, 128, 24, 24]             256
+               ReLU-9          [-1, 128, 24, 24]               0
+   ConvTranspose2d-10           [-1, 64, 48, 48]         131,072
+       BatchNorm2d-11           [-1, 64, 48, 48]             128
+              ReLU-12           [-1, 64, 48, 48]               0
+   ConvTranspose2d-13            [-1, 3, 96, 96]           3,072
+              Tanh-14            [-1, 3, 96, 96]               0
+Total params: 3,863,424
+"""
+IMAGE_DISCRIMINATOR = """
+            Conv2d-1           [-1, 64, 48, 48]           3,072
+         LeakyReLU-2           [-1, 64, 48, 48]               0
+            Conv2d-3          [-1, 128, 24, 24]         131,072
+         LeakyReLU-4          [-1, 128, 24, 24]               0
+            Conv2d-5          [-1, 256, 12, 12]         524,288
+         LeakyReLU-6          [-1, 256, 12, 12]               0
+            Conv2d-7            [-1, 512, 6, 6]       2,097,152
+         LeakyReLU-8            [-1, 512, 6, 6]               0
+            Conv2d-9              [-1, 1, 1, 1]          18,432
+          Sigmoid-10              [-1, 1, 1, 1]               0
+Total params: 2,774,016
+"""
+VIDEO_DISCRIMINATOR = """
+            Conv3d-1        [-1, 64, 8, 48, 48]          12,288
+         LeakyReLU-2        [-1, 64, 8, 48, 48]               0
+            Conv3d-3       [-1, 128, 4, 24, 24]         524,288
+       BatchNorm3d-4       [-1, 128, 4, 24, 24]             256
+         LeakyReLU-5       [-1, 128, 4, 24, 24]               0
+            Conv3d-6       [-1, 256, 2, 12, 12]       2,097,152
+       BatchNorm3d-7       [-1, 256, 2, 12, 12]             512
+         LeakyReLU-8       [-1, 256, 2, 12, 12]               0
+            Conv3d-9         [-1, 512, 1, 6, 6]       8,388,608
+      BatchNorm3d-10         [-1, 512, 1, 6, 6]           1,024
+        LeakyReLU-11         [-1, 512, 1, 6, 6]               0
+           Linear-12                    [-1, 1]          18,433
+          Sigmoid-13                    [-1, 1]               0
+Total params: 11,042,561
+"""
+
+
+@pytest.mark.parametrize(
+    "network, shape, table",
+    [
+        (ImageGenerator, (60, 1, 1), GENERATOR),
+        (ImageDiscriminator, (3, 96, 96), IMAGE_DISCRIMINATOR),
+        (VideoDiscriminator, (3, 16, 96, 96), VIDEO_DISCRIMINATOR),
+    ],
+)
+def test_layer_tables(network, shape, table):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        summary(network(), shape, device="cpu")
+    lines = [" ".join(line.split()) for line in printed.getvalue().splitlines()]
+    layers = [line for line in lines if "[-1," in line]
+    total = [line for line in lines if line.startswith("Total params")]
+    assert layers + total == [" ".join(line.split()) for line in table.strip().splitlines()]
+
+
+@pytest.mark.parametrize("size, frames", [(32, 16), (64, 16), (96, 32), (112, 17), (256, 16)])
+def test_networks_follow_the_size_of_the_data(size, frames):
+    with torch.no_grad():
+        assert ImageGenerator(size)(torch.randn(2, 60, 1, 1)).shape == (2, 3, size, size)
+        assert ImageDiscriminator(size)(torch.randn(2, 3, size, size)).shape == (2,)
+        window = torch.randn(1, 3, frames, size, size)
+        assert VideoDiscriminator(size, frames)(window).shape == (1,)
+
+
+@pytest.mark.parametrize("network, shape", [(ImageDiscriminator, (5, 3, 32, 32)),
+                                            (VideoDiscriminator, (5, 3, 16, 32, 32))])  # fmt: skip
+def test_discriminators_give_one_probability_an_item(network, shape):
+    network, x = network(32), torch.randn(shape)
+    probability = network(x)
+    assert probability.shape == (5,)
+    torch.testing.assert_close(probability, 1 / (1 + torch.exp(-network.logits(x).flatten())))
+
+
+def test_motion_rnn_is_a_gru_whose_state_is_the_code():
+    rnn = MotionRNN()
+    e, state = torch.randn(3, 7, 10), torch.randn(3, 10)
+    z_motion = rnn(e, state)
+    weights = dict(rnn.gru.named_parameters())
+    for k in range(7):  # the equations of a GRU
+        of_e = e[:, k] @ weights["weight_ih_l0"].T + weights["bias_ih_l0"]
+        of_state = state @ weights["weight_hh_l0"].T + weights["bias_hh_l0"]
+        reset = torch.sigmoid(of_e[:, :10] + of_state[:, :10])
+        keep = torch.sigmoid(of_e[:, 10:20] + of_state[:, 10:20])
+        new = torch.tanh(of_e[:, 20:] + reset * of_state[:, 20:])
+        state = keep * state + (1 - keep) * new
+        torch.testing.assert_close(z_motion[:, k], state)
+
+
+def test_path_holds_the_content_and_moves_with_fresh_noise():
+    generator = VideoGenerator(32)
+    z_content, e, h0 = generator.draw_noise(4, 20, torch.Generator().manual_seed(0))
+    assert z_content.shape == (4, 50) and e.shape == (4, 20, 10) and h0.shape == (4, 10)
+    path = generator.path(z_content, e, h0)
+    assert path.shape == (4, 20, 60)
+    assert (path[:, :, :50] == z_content[:, None]).all()
+    other = e.clone()
+    other[:, 12] += 1  # another e(13): the codes before it stay, it and those after it change
+    changed = (generator.path(z_content, other, h0) != path)[:, :, 50:].any(dim=2)
+    assert not changed[:, :12].any() and changed[:, 12:].all()
+
+
+def test_noise_is_standard_normal():
+    draws = VideoGenerator(32).draw_noise(100, 100, torch.Generator().manual_seed(0))
+    for draw in draws:
+        assert abs(draw.mean()) < 5 / draw.numel() ** 0.5
+        assert abs(draw.std() - 1) < 5 / draw.numel() ** 0.5
+
+
+@pytest.mark.parametrize("length", [1, 16, 45])
+def test_videos_of_any_length(length):
+    generator = VideoGenerator(32).eval()
+    noise = generator.draw_noise(2, length, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        video = generator(*noise)
+        assert video.shape == (2, 3, length, 32, 32) and video.abs().max() <= 1
+        points = generator.path(*noise)[1, :, :, None, None]  # the frames of the second, by hand
+        frames = generator.image_generator(points)
+    torch.testing.assert_close(video[1], frames.transpose(0, 1))

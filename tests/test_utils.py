@@ -1,0 +1,129 @@
+import csv
+import os
+import sys
+from argparse import ArgumentTypeError
+from datetime import datetime
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from utils import LossLog, move_old_run, number, save_gif, video_grid, whole_file
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), whole_file(path) as file:
+        file.write(b"half of the n")
+        raise RuntimeError("cut off")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+    with whole_file(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_grid_and_gif(tmp_path):
+    """Sixteen videos of one colour each stand where they should, play, and loop."""
+    levels = torch.linspace(-1, 1, 16)
+    videos = levels[:, None, None, None, None] * torch.ones(16, 3, 5, 32, 32)
+    videos = videos + torch.tensor([0, 0.02, 0, 0.02, 0])[:, None, None]  # or Pillow merges frames
+    grid = video_grid(videos.clamp(-1, 1))
+    assert grid.shape == (5, 4 * 34 + 2, 4 * 34 + 2, 3) and grid.dtype == np.uint8
+    for i, level in enumerate(levels):
+        row, column = divmod(i, 4)
+        tile = grid[0, row * 34 + 2 : row * 34 + 34, column * 34 + 2 : column * 34 + 34]
+        assert (tile == round((float(level) + 1) * 127.5)).all()
+    assert (grid[:, :2] == 255).all()  # the frame around them
+
+    save_gif(tmp_path / "a.gif", grid, fps=25)
+    gif = Image.open(tmp_path / "a.gif")
+    frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
+    assert gif.info["loop"] == 0 and gif.info["duration"] == 40
+    assert len(frames) == 5
+    assert np.abs(np.stack(frames).astype(int) - grid).max() <= 3  # 256 colours
+
+
+def test_numbers_of_the_command_line():
+    assert number(int, 1)("12") == 12 and number(float, 0, 1)("1e-4") == 1e-4
+    for kind, text in (
+        (int, "0"),
+        (int, "1.5"),
+        (int, "x"),
+        (int, ""),
+        (float, "nan"),
+        (float, "inf"),
+    ):
+        with pytest.raises(ArgumentTypeError, match="is not a"):
+            number(kind, 1)(text)
+
+
+def test_an_old_run_is_moved_whole(tmp_path):
+    models, videos = tmp_path / "m", tmp_path / "v"
+    models.mkdir()
+    videos.mkdir()
+    assert move_old_run(models, videos) == []
+    for stamps in (["2026-03-01_10-00-00"], ["2026-03-01_10-00-00_2"]):
+        ours = [models / "checkpoint.pt", models / "losses.csv", models / "events.out.tfevents.1.x"]
+        ours += [videos / "real.gif", videos / "epoch-000000.gif"]
+        for path in (*ours, models / "notes.txt", videos / "mine.gif"):
+            path.write_text(path.name)
+            os.utime(path, (0, datetime(2026, 3, 1, 10).timestamp()))
+        moved = move_old_run(models, videos)
+        assert moved == [models / stamps[0], videos / stamps[0]]
+        for path in ours:
+            assert not path.exists()
+            assert (path.parent / stamps[0] / path.name).read_text() == path.name
+        assert (models / "notes.txt").exists() and (videos / "mine.gif").exists()
+
+
+def read(folder):
+    with open(folder / "losses.csv", newline="") as file:
+        return [[float(x) for x in row] for row in list(csv.reader(file))[1:]]
+
+
+def test_loss_log(tmp_path):
+    log = LossLog(tmp_path)
+    log.plot()  # nothing to show yet
+    log.add(3, torch.arange(12).reshape(3, 4) / 7, seconds=6)
+    log.add(5, torch.ones(2, 4), seconds=3)
+    log.plot()
+    log.close()
+    rows = read(tmp_path)
+    assert [row[0] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row[5] for row in rows] == [2, 2, 2, 1.5, 1.5]
+    np.testing.assert_allclose(rows[2][1:5], np.arange(8, 12) / 7, rtol=1e-6)
+    assert (tmp_path / "losses.csv").read_text().startswith("epoch,D_I,D_V,G_I,G_V,seconds\n")
+    assert np.array(Image.open(tmp_path / "losses.png")).std() > 10
+
+    # a run that goes on from epoch 3: what came after is dropped, here and in TensorBoard
+    log = LossLog(tmp_path, epoch=3)
+    log.add(4, torch.full((1, 4), 9.0), seconds=1)
+    log.add_image("samples", np.zeros((8, 8, 3), np.uint8), 4)
+    log.close()
+    assert [row[0] for row in read(tmp_path)] == [1, 2, 3, 4] and read(tmp_path)[3][1] == 9
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    events = board.Scalars("loss/D_V")
+    assert [event.step for event in events] == [1, 2, 3, 4]
+    assert events[0].value == pytest.approx(1 / 7) and events[3].value == 9
+    assert [event.step for event in board.Images("samples")] == [4]
+
+
+def test_loss_log_drops_a_line_cut_short(tmp_path):
+    (tmp_path / "losses.csv").write_text("epoch,D_I,D_V,G_I,G_V,seconds\n1,1,1,1,1,1\n2,1,1")
+    LossLog(tmp_path, epoch=5).close()
+    assert read(tmp_path) == [[1, 1, 1, 1, 1, 1]]
+
+
+def test_without_tensorboard(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    log = LossLog(tmp_path)
+    log.add(1, torch.ones(1, 4), seconds=1)
+    log.add_image("samples", np.zeros((8, 8, 3), np.uint8), 1)
+    log.close()
+    assert len(read(tmp_path)) == 1 and not list(tmp_path.glob("events*"))
+    assert capsys.readouterr().out.startswith("tensorboard is not installed")
