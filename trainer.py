@@ -57,7 +57,9 @@ class Trainer:
             (self.image_discriminator, torch.channels_last),
             (self.video_discriminator, torch.channels_last_3d),
         ):
-            network.to(self.device, memory_format=layout)
+            network.to(self.device)
+            if self.device.type != "mps":  # where Conv3d gave wrong results in it: pytorch#141471
+                network.to(memory_format=layout)
         self.discriminator_weights = [
             *self.image_discriminator.parameters(),
             *self.video_discriminator.parameters(),

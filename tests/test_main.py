@@ -76,17 +76,9 @@ def test_usage_is_the_published_one():
     assert re.search(
         r"--pre-train PRE_TRAIN set 1 when you use pre-trained models.*?default: -1", said
     )
-    for default in [
-        "frames 16",
-        "lr 0.0002",
-        "seed 0",
-        "device auto",
-        "data resized_data",
-        "models trained_models",
-        "videos generated_videos",
-        "sample-every 1000",
-        "checkpoint-every 5000",
-    ]:
+    defaults = "frames 16, lr 0.0002, seed 0, device auto, data resized_data, models trained_models"
+    defaults += ", videos generated_videos, sample-every 1000, checkpoint-every 5000"
+    for default in defaults.split(", "):
         name, value = default.split()
         assert re.search(rf"--{name} [A-Z_]+ [^()]*\(default: {re.escape(value)}\)", said), name
 
