@@ -57,7 +57,7 @@ def weizmann(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def clips_folder(tmp_path_factory):
-    """A small data set: five clips of three actions, 32×32."""
+    """A small data set: a few clips of three actions, 32×32."""
     out = tmp_path_factory.mktemp("clips")
     if SHARED.is_dir():
         sources, _ = resize.find_clips(SHARED / "raw_data", out)

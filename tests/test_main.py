@@ -86,9 +86,10 @@ def test_usage_is_the_published_one():
 def test_what_a_run_says(finished, clips_folder):
     folders, done = finished
     lines = done.stdout.splitlines()
-    frames = sum(len(np.load(path)) for path in clips_folder.rglob("*.npy"))
+    lengths = [len(np.load(path)) for path in clips_folder.rglob("*.npy")]
     assert lines[0].startswith("device    cpu, ") and lines[0].endswith("threads, fp32")
-    assert lines[1].startswith(f"data      {clips_folder}: 5 clips, {frames} frames of 32×32, ")
+    found = f"{len(lengths)} clips, {sum(lengths)} frames of 32×32"
+    assert lines[1].startswith(f"data      {clips_folder}: {found}, ")
     assert "3 actions (jack walk wave2)" in lines[1]
     assert "R_M 660, " in lines[2]
     assert str(folders.videos) in lines[3] and str(folders.models) in lines[3]
