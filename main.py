@@ -150,7 +150,9 @@ def run(args):
         )
     except KeyboardInterrupt:
         if checkpoint.exists():
-            print(f"{checkpoint} is safe; --pre-train 1 goes on from it")
+            print(f"\n{checkpoint} is safe; --pre-train 1 goes on from it")
+        else:
+            print(f"\nno checkpoint had been made by epoch {trainer.epoch}: see --checkpoint-every")
         raise
     finally:
         log.close()

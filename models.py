@@ -5,8 +5,8 @@ section 3.1). z_C, the content, is drawn once for a video; z_M(1) ... z_M(K), th
 from the recurrent network R_M, fed with fresh noise e(k) at every frame. The image generator G_I
 turns each point into a frame. D_I judges one frame of a video, D_V judges T frames in a row.
 
-Shapes: B videos, K or T frames, frames of S x S pixels, S a multiple of 16 (96 gives SPEC's
-layer tables). Frames are float, RGB, in [-1, 1].
+Shapes: B videos, K or T frames, frames of S x S pixels, S a multiple of 16 (96 gives the
+published layer tables). Frames are float, RGB, in [-1, 1].
 """
 
 import torch

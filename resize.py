@@ -48,7 +48,7 @@ ACTIONS = "bend", "jack", "jump", "pjump", "run", "side", "skip", "walk", "wave1
 
 
 def resize_frame(frame, size=96):
-    """Scale and crop one frame, (H, W, 3) uint8, to (size, size, 3), as SPEC.md's data section.
+    """Scale and crop one frame, (H, W, 3) uint8, to (size, size, 3), as the published clips were.
 
     Scaled to height 1.5 size (or to width `size`, where it would be narrower), then the centre is
     cut. A 180×144 frame at size 96 is only cut: left 42, top 24. A square frame is scaled whole.
@@ -401,7 +401,10 @@ def make_arrays(args):
         f"({len(skipped)} skipped)"
     )
     if others := [a for a in args.out.rglob("*.npy") if a.relative_to(args.out) not in done]:
-        print(f"note: {args.out} holds {len(others)} more arrays, such as {others[0]}")
+        print(
+            f"note: {args.out} also holds {len(others)} that these clips did not give, such as "
+            f"{others[0]}; main.py trains on them too, unless you delete them"
+        )
 
 
 def make_room(out, drawing):

@@ -1,12 +1,13 @@
 """The algorithm: alternating updates of the discriminators and the generators (paper, section 3.2).
 
-The objective, with v real clips and w generated ones, D_I and D_V up, G_I and R_M down:
+The objective, with v real clips and w generated ones:
 
     F_V = E[-log D_I(S_1(v))] + E[-log(1 - D_I(S_1(w)))]
         + E[-log D_V(S_T(v))] + E[-log(1 - D_V(S_T(w)))]
 
-In practice, as in SPEC: binary cross-entropy on log-odds, the generators' step in the
-non-saturating form, and 0.9 in place of 1 as the label of what is to look real.
+It is the discriminators' loss: D_I and D_V make it small, G_I and R_M large, in turns. In practice
+(README, The model): binary cross-entropy on log-odds; the generators' step in the non-saturating
+form, where they make -log D(w) small; and 0.9 in place of 1 as the label of what is to look real.
 """
 
 import math
@@ -204,18 +205,17 @@ def train(trainer, epochs, log, save_checkpoint, videos, sample_every, checkpoin
     """Train up to epoch `epochs`, with a progress bar, sample GIFs and checkpoints on the way.
 
     log: a LossLog; save_checkpoint: called with nothing; videos: the folder for the GIFs. Samples
-    and checkpoints are also made at the last epoch.
+    and checkpoints are also made at the last epoch; losses.png is drawn once a minute.
     """
 
     def show_samples():
         grid = video_grid(trainer.sample())
         save_gif(videos / f"epoch-{trainer.epoch:06d}.gif", grid)
         log.add_image("samples", grid[len(grid) // 2], trainer.epoch)
-        log.plot()
 
     if trainer.epoch == 0:
         show_samples()
-    waiting, since, plotted = [], time.perf_counter(), time.perf_counter()
+    waiting, since, plotted = [], time.perf_counter(), 0
     pace = None  # a running mean of the seconds an epoch takes
     bar = tqdm(
         total=epochs,
@@ -223,7 +223,7 @@ def train(trainer, epochs, log, save_checkpoint, videos, sample_every, checkpoin
         unit="epoch",
         mininterval=0.5,
         dynamic_ncols=True,
-        bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        bar_format="{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
     )
     with bar:
         while trainer.epoch < epochs:
@@ -236,15 +236,15 @@ def train(trainer, epochs, log, save_checkpoint, videos, sample_every, checkpoin
                 seconds = time.perf_counter() - since
                 log.add(trainer.epoch, losses, seconds)
                 each = seconds / len(waiting)
-                pace = each if pace is None else 0.9 * pace + 0.1 * each
+                pace = each if pace is None else 0.8 * pace + 0.2 * each
+                took = f"{pace:.3g} s" if pace >= 1 else f"{pace * 1000:.3g} ms"
                 figures = " ".join(f"{n} {x:.2f}" for n, x in zip(LOSSES, losses[-1].tolist()))
-                bar.set_postfix_str(f"{pace * 1000:.4g} ms/epoch, {figures}", refresh=False)
+                bar.set_postfix_str(f"{took}/epoch, {figures}", refresh=False)
                 bar.update(len(waiting))
                 waiting = []
                 if sample_now:
                     show_samples()
-                    plotted = time.perf_counter()
-                elif time.perf_counter() - plotted > 60:
+                if time.perf_counter() - plotted > 60:
                     log.plot()
                     plotted = time.perf_counter()
                 if save_now:

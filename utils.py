@@ -7,11 +7,11 @@ import os
 import shutil
 from datetime import datetime
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from torchvision.utils import make_grid
 
 LOSSES = "D_I", "D_V", "G_I", "G_V"  # the four terms, in the order that every part keeps
@@ -107,9 +107,25 @@ def whole_file(path):
 
 
 def save_gif(path, frames, fps=25):
-    """Write frames, (K, H, W, 3) uint8, as a GIF that loops for ever."""
+    """Write frames, (K, H, W, 3) uint8, as a GIF that loops for ever.
+
+    All frames share one palette of 256 colours: with one each, as imageio would write them, colours
+    flicker that do not in the video.
+    """
+    every_colour = Image.fromarray(np.concatenate(frames))
+    palette = every_colour.quantize(256, method=Image.Quantize.FASTOCTREE)
+    images = [
+        Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames
+    ]
     with whole_file(path) as file:
-        iio.imwrite(file, frames, extension=".gif", plugin="pillow", duration=1000 / fps, loop=0)
+        images[0].save(
+            file,
+            format="GIF",
+            save_all=True,
+            append_images=images[1:],
+            duration=round(1000 / fps),
+            loop=0,
+        )
 
 
 def move_old_run(models, videos):
@@ -213,6 +229,7 @@ class LossLog:
             figure.savefig(file, format="png", dpi=100)
 
     def close(self):
+        self.plot()
         self.file.close()
         if self.board:
             self.board.close()

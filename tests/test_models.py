@@ -13,7 +13,7 @@ from models import (
     VideoGenerator,
 )
 
-# SPEC.md's tables, as torchsummary prints them: layer, output shape, parameters.
+# The published tables, as torchsummary prints them: layer, output shape, parameters.
 GENERATOR = """
     ConvTranspose2d-1            [-1, 512, 6, 6]       1,105,920
         BatchNorm2d-2            [-1, 512, 6, 6]           1,024

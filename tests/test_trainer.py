@@ -40,7 +40,7 @@ def share_moments(trainer, adams):
 
 
 def by_the_book(nets, adams, real_window, real_frame, noise, looked_at):
-    """An epoch as SPEC.md tells it: BCE on probabilities, R_M frame by frame, a backward a term."""
+    """The update by the book: BCE on probabilities, R_M frame by frame, a backward a term."""
     R_M, G_I, D_I, D_V = (nets[name] for name in ("R_M", "G_I", "D_I", "D_V"))
     z_content, e, h0 = noise
     B, T = len(e), real_window.shape[2]
