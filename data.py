@@ -5,12 +5,13 @@ data set larger than memory works, and only the frames of a batch are ever turne
 """
 
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from utils import UserError, to_float
+from utils import UserError, files_below, open_array, to_float
 
 
 class ClipDataset:
@@ -30,47 +31,46 @@ class ClipDataset:
             raise UserError(f"{folder}: no such folder; make it with resize.py")
         self.frames = frames
         self.skipped = []
-        arrays = {}
-        for path in sorted(folder.rglob("*.npy")):
-            try:
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                self.skipped.append(f"{path}: cannot be read ({str(error).splitlines()[0]})")
+        shapes = {}
+        for path in files_below(folder):
+            if path.suffix != ".npy":
                 continue
-            if reason := self._unusable(array):
+            try:
+                shapes[path] = self._check(open_array(path))
+            except ValueError as reason:
                 self.skipped.append(f"{path}: {reason}")
-            else:
-                arrays[path] = array
-        if arrays:  # the size that most clips have is the size of the data
-            self.size = Counter(array.shape[1] for array in arrays.values()).most_common(1)[0][0]
-        for path, array in list(arrays.items()):
-            if array.shape[1] != self.size:
-                self.skipped.append(f"{path}: {array.shape[1]} pixels wide, most are {self.size}")
-                del arrays[path]
-        if not arrays:
+        if shapes:  # the size that most clips have is the size of the data
+            self.size = Counter(shape[1] for shape in shapes.values()).most_common(1)[0][0]
+        for path, shape in list(shapes.items()):
+            if shape[1] != self.size:
+                self.skipped.append(f"{path}: {shape[1]} pixels wide, most are {self.size}")
+                del shapes[path]
+        if not shapes:
             left_out = f" ({len(self.skipped)} left out; {self.skipped[0]})" if self.skipped else ""
             raise UserError(
                 f"{folder}: no usable clips{left_out}; make some with resize.py, "
                 "from videos of your own or with --download or --synthetic"
             )
-        self.clips = list(arrays.values())
-        self.names = [path.relative_to(folder) for path in arrays]
-        self.lengths = torch.tensor([len(clip) for clip in self.clips])
+        self.paths = list(shapes)
+        self.names = [path.relative_to(folder) for path in shapes]
+        self.lengths = torch.tensor([shape[0] for shape in shapes.values()])
+        # Each open map holds a file, and a process may hold only so many.
+        self.open = lru_cache(maxsize=128)(open_array)
         self.actions = sorted({name.parts[0] for name in self.names if len(name.parts) > 1})
 
-    def _unusable(self, array):
-        """Why `array` is no clip, or None."""
+    def _check(self, array):
+        """The shape of `array`; raises ValueError if it is no clip."""
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-            return f"{array.dtype} {array.shape}, not uint8 (n_frames, S, S, 3)"
-        _, height, width, _ = array.shape
+            raise ValueError(f"{array.dtype} {array.shape}, not uint8 (n_frames, S, S, 3)")
+        length, height, width, _ = array.shape
         if height != width or width % 16 or not 32 <= width <= 256:
-            return f"frames of {width}×{height}, not square with a side of 32, 48, ... 256"
-        if len(array) < self.frames:
-            return f"{len(array)} frames, shorter than a window of {self.frames}"
-        return None
+            raise ValueError(f"frames of {width}×{height}, not square, of 32, 48, ... or 256")
+        if length < self.frames:
+            raise ValueError(f"{length} frames, shorter than a window of {self.frames}")
+        return array.shape
 
     def __len__(self):
-        return len(self.clips)
+        return len(self.paths)
 
     def draw(self, batch_size, rng):
         """Draw a clip for each item of a batch, and where S_T and S_1 look at it.
@@ -96,8 +96,8 @@ class ClipDataset:
         windows = np.empty((len(clip), n, size, size, 3), np.uint8)
         frames = np.empty((len(clip), size, size, 3), np.uint8)
         for i, (c, s, f) in enumerate(zip(clip.tolist(), start.tolist(), frame.tolist())):
-            windows[i] = self.clips[c][s : s + n]
-            frames[i] = self.clips[c][f]
+            clip = self.open(self.paths[c])
+            windows[i], frames[i] = clip[s : s + n], clip[f]
         windows = to_float(torch.from_numpy(windows).to(device)).permute(0, 4, 1, 2, 3)
         frames = to_float(torch.from_numpy(frames).to(device)).permute(0, 3, 1, 2)
         return windows, frames

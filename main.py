@@ -64,7 +64,7 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"--device {name}: there is no such device here; try auto") from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name}: one of auto, cpu, cuda, cuda:1, mps")
@@ -89,6 +89,9 @@ def run(args):
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     checkpoint = args.models / "checkpoint.pt"
+    for folder in (args.models, args.videos):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is not a folder")
     if args.pre_train == 1 and not checkpoint.is_file():
         raise UserError(
             f"--pre-train 1: {checkpoint} is not there; leave the flag out to start anew"

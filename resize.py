@@ -15,7 +15,6 @@ import os
 import shutil
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,9 +31,17 @@ from numpy.lib import format as npy
 from tqdm import tqdm
 
 import synthetic
-from utils import Parser, UserError, number, one_line_errors, whole_file
+from utils import (
+    Parser,
+    UserError,
+    files_below,
+    number,
+    one_line_errors,
+    open_array,
+    whole_file,
+)
 
-VIDEOS = {".avi", ".mp4", ".mov", ".mkv", ".webm", ".gif"}
+VIDEOS = {".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".wmv"}
 STRIPS = {".jpg", ".jpeg", ".png"}
 MIN_FRAMES = 16  # the window of the video discriminator
 RECORD = "clips.jsonl"  # in --out: what each array was made from
@@ -84,23 +91,32 @@ def read_frames(path):
 
 def read_video(path):
     """Yield the frames of an AVI, MP4, MOV, MKV, WEBM or GIF file."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # OpenCV ends the process on such a name
+        raise Unusable("its name is not valid UTF-8: rename it") from None
     with open(path, "rb"):  # says what is wrong with it, where OpenCV only says no
-        capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+        capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG)
     try:
         if not capture.isOpened():
             raise Unusable("not a video that can be read")
+        read, promised = 0, capture.get(cv2.CAP_PROP_FRAME_COUNT)
         while True:
             ok, frame = capture.read()
             if not ok:
                 break
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            read += 1
+        if 0 < read < 0.9 * promised:
+            tqdm.write(f"note: {path}: only {read} of {promised:.0f} frames could be read")
     finally:
         capture.release()
 
 
 def read_strip(path):
     """Yield the square frames of an image strip, side by side or one below the other."""
-    image = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+    content = np.frombuffer(path.read_bytes(), np.uint8)
+    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
     if image is None:
         raise Unusable("not an image that can be read")
     height, width = image.shape[:2]
@@ -160,18 +176,21 @@ def find_clips(raw, out):
     left out: pairs of name and reason.
     """
     sources, skipped = {}, []
-    for root in dict.fromkeys((raw, out)):
-        for path in sorted(root.rglob("*")):
-            relative = path.relative_to(root)
-            hidden = any(part.startswith(".") for part in relative.parts)
-            if hidden or path.suffix.lower() not in VIDEOS | STRIPS or not path.is_file():
+    roots = {raw.resolve(): raw, out.resolve(): out}  # one, if they are the same folder
+    for real, root in roots.items():
+        others = [other for other in roots if other != real and other.is_relative_to(real)]
+        for path in files_below(root):
+            if any(path.resolve().is_relative_to(other) for other in others):
+                continue  # it is in that folder's own walk
+            if path.suffix.lower() not in VIDEOS | STRIPS or not path.is_file():
                 continue
-            array = relative.with_suffix(".npy")
+            array = path.relative_to(root).with_suffix(".npy")
             if array in sources:
-                skipped.append((path, f"would make the same array as {sources[array].name}"))
+                reason = f"would make the same array as {sources[array].name}: rename one"
+                skipped.append((path, reason))
                 continue
             about = path.stat()
-            identity = [relative.as_posix(), about.st_size, about.st_mtime_ns]
+            identity = [path.relative_to(root).as_posix(), about.st_size, about.st_mtime_ns]
             sources[array] = Source(str(path), identity, partial(read_frames, path))
     return sources, skipped
 
@@ -189,16 +208,13 @@ def convert(sources, out, size=96, every=1):
             made_from = {"source": source.identity, "size": size, "every": every}
             frames = count_frames(out / array, size) if record.get(array) == made_from else None
             if frames is None:
-                # In this order, whenever the process may be killed, no array lies there that was
-                # made from something other than what the record says.
-                (out / array).unlink(missing_ok=True)
-                file.write(json.dumps([array.as_posix(), made_from]) + "\n")
-                file.flush()
                 try:
                     frames = write_clip(out / array, source.frames(), size, every)
                 except (Unusable, OSError, cv2.error) as reason:
                     skipped.append((source.name, reason))
                     continue
+                file.write(json.dumps([array.as_posix(), made_from]) + "\n")
+                file.flush()
             done[array] = frames
     write_record(out, read_record(out))
     return done, skipped
@@ -207,8 +223,8 @@ def convert(sources, out, size=96, every=1):
 def count_frames(path, size):
     """The number of frames in a whole array of frames of that size; None if it is not one."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        array = open_array(path)
+    except ValueError:
         return None
     return len(array) if array.dtype == np.uint8 and array.shape[1:] == (size, size, 3) else None
 
@@ -216,12 +232,15 @@ def count_frames(path, size):
 def read_record(out):
     """What the arrays in `out` were made from: a dict by their paths, of those that are there."""
     record = {}
-    with contextlib.suppress(FileNotFoundError), open(out / RECORD) as file:
+    with contextlib.suppress(FileNotFoundError), open(out / RECORD, errors="replace") as file:
         for line in file:
-            with contextlib.suppress(ValueError):  # a line cut short
-                array, made_from = json.loads(line)
-                record[Path(array)] = made_from
-    return {array: made_from for array, made_from in record.items() if (out / array).exists()}
+            with contextlib.suppress(ValueError, TypeError, RecursionError):  # a damaged line
+                name, made_from = json.loads(line)
+                array = Path(name)
+                sound = isinstance(made_from, dict) and isinstance(made_from.get("source"), list)
+                if sound and not array.is_absolute() and ".." not in array.parts:
+                    record[array] = made_from
+    return {array: made_from for array, made_from in record.items() if (out / array).is_file()}
 
 
 def write_record(out, record):
@@ -254,10 +273,11 @@ def fetch(url, path, tries=3):
         try:
             fetch_rest(url, part)
             break
-        except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
-            if left and not isinstance(error, HTTPError):
+        except (OSError, HTTPException, ValueError) as error:  # URLError, timeouts: OSErrors
+            for_good = isinstance(error, ValueError) or getattr(error, "code", 500) < 500
+            if left and not for_good:
                 continue
-            reason = getattr(error, "reason", None) or error
+            reason = " ".join(str(getattr(error, "reason", None) or error).split())
             raise UserError(
                 f"cannot download {url}: {reason}; run the same again to go on where it stopped, "
                 "name a mirror with --url, or do without the data with --synthetic"
@@ -288,10 +308,10 @@ def fetch_rest(url, part):
         name = part.name.removesuffix(".part")
         with tqdm(desc=name, initial=have, total=total, unit="B", unit_scale=True) as bar:
             while block := response.read(1 << 16):
-                file.write(block)
+                have += file.write(block)
                 bar.update(len(block))
-            if total is not None and bar.n < total:
-                raise ConnectionError(f"the connection ended after {bar.n} of {total} bytes")
+        if total is not None and have < total:
+            raise ConnectionError(f"the connection ended after {have} of {total} bytes")
 
 
 def is_sound(archive):
@@ -299,7 +319,7 @@ def is_sound(archive):
     try:
         with zipfile.ZipFile(archive) as members:
             return members.testzip() is None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error):
+    except Exception:  # zipfile raises a dozen kinds for a damaged archive
         return False
 
 
@@ -385,43 +405,49 @@ def make_arrays(args):
                 "fetch the Weizmann clips with --download, or draw some with --synthetic"
             )
     args.out.mkdir(parents=True, exist_ok=True)
-    make_room(args.out, args.synthetic)
+    if args.synthetic:
+        others = [array for array in arrays_in(args.out) if array not in sources]
+        if others:
+            raise UserError(
+                f"--synthetic: {args.out} holds other clips, such as {others[0]}; "
+                "name another folder with --out"
+            )
     done, failed = convert(sources, args.out, args.size, args.every)
     skipped += failed
     for name, reason in skipped:
         print(f"skipped {name}: {reason}")
     if not done:
         raise UserError(
-            f"none of the {len(skipped)} files in {args.raw} gave a clip; "
+            f"none of {len(skipped)} files gave a clip ({skipped[0][0]}: {skipped[0][1]}); "
             "try others, or --download, or --synthetic"
         )
+    remove_drawn(args.out, keep=done)
     actions = {array.parts[0] for array in done if len(array.parts) > 1}
     print(
         f"{len(done)} clips, {sum(done.values())} frames, {len(actions)} actions → {args.out} "
         f"({len(skipped)} skipped)"
     )
-    if others := [a for a in args.out.rglob("*.npy") if a.relative_to(args.out) not in done]:
+    if others := [array for array in arrays_in(args.out) if array not in done]:
         print(
             f"note: {args.out} also holds {len(others)} that these clips did not give, such as "
             f"{others[0]}; main.py trains on them too, unless you delete them"
         )
 
 
-def make_room(out, drawing):
-    """Keep drawn people and real ones apart: drawn arrays give way to real ones, never the reverse.
+def arrays_in(out):
+    """The paths of all arrays in `out`, below it."""
+    return [path.relative_to(out) for path in files_below(out) if path.suffix == ".npy"]
 
-    Raises UserError if drawn clips are to go where others are.
-    """
+
+def remove_drawn(out, keep):
+    """Remove the arrays that --synthetic drew, but for those in `keep`: real clips have come."""
     record = read_record(out)
-    drawn = [array for array, made_from in record.items() if made_from["source"][0] == DRAWN]
-    if drawing:
-        others = [array for array in out.rglob("*.npy") if array.relative_to(out) not in drawn]
-        if others:
-            raise UserError(f"--synthetic: {out} holds other clips; name another folder with --out")
-    elif drawn:
-        for array in drawn:
-            (out / array).unlink()
-        print(f"removed {len(drawn)} clips that --synthetic had drawn in {out}")
+    drawn = [a for a, made_from in record.items() if made_from["source"][:1] == [DRAWN]]
+    gone = [array for array in drawn if array not in keep]
+    for array in gone:
+        (out / array).unlink()
+    if gone:
+        print(f"removed {len(gone)} clips that --synthetic had drawn in {out}")
 
 
 def main(argv=None):

@@ -173,8 +173,9 @@ class Trainer:
         """
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            ours = checkpoint["format"] == FORMAT
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError):
+            ours = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
+            ours = ours and "settings" in checkpoint
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
             ours = False
         if not ours:
             raise UserError(f"{path}: not a checkpoint of this program, or a damaged one")

@@ -5,7 +5,9 @@ import contextlib
 import csv
 import os
 import shutil
+import sys
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,6 +31,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        for stream in (sys.stdout, sys.stderr):  # a console without × or → shows ? and goes on
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -88,6 +93,32 @@ def video_grid(videos, columns=4):
 # ---------------------------------------------------------------- files
 
 
+def files_below(folder):
+    """Yield the paths of all files below `folder`, sorted, through links to folders, too.
+
+    Hidden files and folders, whose names begin with a dot, are passed over.
+    """
+    seen = set()  # so that a link that leads back ends
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = sorted(f for f in folders if real not in seen and not f.startswith("."))
+        if real not in seen:
+            yield from (Path(place, n) for n in sorted(names) if not n.startswith("."))
+        seen.add(real)
+
+
+def open_array(path):
+    """Memory-map a .npy file. Raises ValueError if `path` does not hold a plain array."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # NumPy raises a dozen kinds for a damaged header
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"cannot be read ({reason})") from None
+    if not isinstance(array, np.memmap):
+        raise ValueError("cannot be read (not a single array)")
+    return array
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """Open `path` for writing bytes so that it appears whole or not at all.
@@ -134,9 +165,11 @@ def move_old_run(models, videos):
     The date is that of the run's newest file. Files that no run writes stay where they are.
     Returns the dated folders, an empty list where there was nothing to move.
     """
-    names = "checkpoint.pt", "losses.csv", "losses.png", "events.out.tfevents.*"
-    old = {models: [p for name in names for p in models.glob(name)]}
-    old[videos] = [p for name in ("real.gif", "epoch-*.gif") for p in videos.glob(name)]
+    old = {models: [], videos: []}  # the two may be one
+    for name in ("checkpoint.pt", "losses.csv", "losses.png", "events.out.tfevents.*"):
+        old[models] += models.glob(name)
+    for name in ("real.gif", "epoch-*.gif"):
+        old[videos] += videos.glob(name)
     newest = max((p.stat().st_mtime for paths in old.values() for p in paths), default=None)
     if newest is None:
         return []
@@ -180,9 +213,9 @@ class LossLog:
     def _read(self):
         if not self.path.exists():
             return
-        with open(self.path, newline="") as file:
+        with open(self.path, newline="", errors="replace") as file:
             for row in csv.DictReader(file):
-                with contextlib.suppress(TypeError, ValueError):  # a line cut short
+                with contextlib.suppress(KeyError, TypeError, ValueError):  # a damaged line
                     values = [np.float32(row[name]) for name in LOSSES]
                     yield int(row["epoch"]), *values, float(row["seconds"])
 

@@ -1,4 +1,6 @@
+import functools
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ def test_what_it_finds(three):
     assert [name.as_posix() for name in three.names] == ["run/a.npy", "run/b.npy", "walk/c.npy"]
     assert three.lengths.tolist() == [16, 18, 30]
     assert three.actions == ["run", "walk"] and three.size == 32 and not three.skipped
-    assert all(isinstance(clip, np.memmap) for clip in three.clips)
+    assert isinstance(three.open(three.paths[0]), np.memmap)
 
 
 def test_every_clip_and_position_is_drawn_evenly(three):
@@ -99,12 +101,16 @@ def test_arrays_that_are_no_clips_are_left_out(tmp_path, capsys):
     (tmp_path / "a/empty.npy").write_bytes(b"")
     (tmp_path / "a/pickle.npy").write_bytes(pickle.dumps(Bomb()))
     np.save(tmp_path / "a/objects.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
-    cut = (tmp_path / "a/good.npy").read_bytes()[:5000]
+    np.savez(tmp_path / "a/zip", np.zeros(3))
+    (tmp_path / "a/zip.npz").rename(tmp_path / "a/zip.npy")
+    whole = (tmp_path / "a/good.npy").read_bytes()
+    (tmp_path / "a/header.npy").write_bytes(whole[:20] + b'"(' + whole[22:])
+    cut = whole[:5000]
     (tmp_path / "a/cut.npy").write_bytes(cut)
     clips = ClipDataset(tmp_path)
     assert [name.name for name in clips.names] == ["good.npy", "good2.npy"]
     reasons = {line.split(": ")[0].split("/")[-1]: line for line in clips.skipped}
-    left_out = "short large odd float grey text empty pickle objects cut"
+    left_out = "short large odd float grey text empty pickle objects zip header cut"
     assert set(reasons) == {f"{name}.npy" for name in left_out.split()}
     assert "15 frames, shorter than a window of 16" in reasons["short.npy"]
     assert "64 pixels wide, most are 32" in reasons["large.npy"]
@@ -129,3 +135,30 @@ def test_no_folder_and_no_clips_are_errors(tmp_path):
     write(tmp_path, "short.npy", 3)
     with pytest.raises(UserError, match=r"1 left out; .*short\.npy: 3 frames"):
         ClipDataset(tmp_path)
+
+
+def test_more_clips_than_files_may_be_open(tmp_path):
+    for i in range(60):
+        write(tmp_path, f"{i}.npy", 16)
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 60
+    clips = ClipDataset(tmp_path)
+    clips.open = functools.lru_cache(maxsize=8)(clips.open.__wrapped__)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 30, hard))
+    try:
+        each = torch.arange(60)
+        windows, _ = ClipDataset.read(clips, each, each * 0, each * 0)
+        assert len(ClipDataset(tmp_path)) == 60
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(windows) == 60
+
+
+def test_links_to_folders_are_followed_and_may_lead_back(tmp_path):
+    write(tmp_path, "elsewhere/a.npy", 16)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "walk").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
+    clips = ClipDataset(tmp_path / "data")
+    assert [name.as_posix() for name in clips.names] == ["walk/a.npy"]

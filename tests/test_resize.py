@@ -1,6 +1,8 @@
 import http.server
 import io
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -231,7 +233,7 @@ def test_bad_files_are_named_and_counted(tmp_path, capsys, drawn):
     )
     assert reasons == {
         "short.mp4": "15 frames, shorter than 16",
-        "good.mp4": f"would make the same array as {raw / 'good.avi'}",
+        "good.mp4": f"would make the same array as {raw / 'good.avi'}: rename one",
         "text.mp4": "not a video that can be read",
         "empty.avi": "not a video that can be read",
         "cut.mp4": "not a video that can be read",
@@ -239,10 +241,68 @@ def test_bad_files_are_named_and_counted(tmp_path, capsys, drawn):
         "photo.png": "180×144 is not a strip of square frames",
     }
     assert sorted(p.name for p in out.iterdir()) == ["clips.jsonl", "good.npy"]
-    # a clip that has become unusable takes its array with it
-    (raw / "good.avi").write_text("hello")
-    assert "none of the" in refused(capsys, "--raw", raw, "--out", out)
-    assert not (out / "good.npy").exists()
+    (raw / "good.avi").write_text("hello")  # nothing is left: an error, and the array stays
+    assert "none of 8 files gave a clip" in refused(capsys, "--raw", raw, "--out", out)
+    assert np.load(out / "good.npy").shape == (16, 96, 96, 3)
+
+
+def test_what_fails_leaves_the_arrays_alone(tmp_path, capsys, drawn, monkeypatch):
+    monkeypatch.setattr(synthetic, "PEOPLE", synthetic.PEOPLE[:1])
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    resized(capsys, "--synthetic", "--out", out)
+    (raw / "bad.mp4").write_text("hello")
+    assert "none of 1 files" in refused(capsys, "--raw", raw, "--out", out)
+    assert len(list(out.rglob("*.npy"))) == 10
+    assert "shorter than 16" in refused(capsys, "--synthetic", "--every", 50, "--out", out)
+    assert len(list(out.rglob("*.npy"))) == 10
+
+
+def test_one_folder_in_the_other(tmp_path, capsys, drawn):
+    (tmp_path / "data" / "raw" / "walk").mkdir(parents=True)
+    write_video(tmp_path / "data" / "raw" / "walk" / "a.mp4", drawn[:20])
+    write_video(tmp_path / "data" / "b.mp4", drawn[:20])
+    lines = resized(capsys, "--raw", tmp_path / "data" / "raw", "--out", tmp_path / "data")
+    assert lines == [f"2 clips, 40 frames, 1 actions → {tmp_path / 'data'} (0 skipped)"]
+    assert (tmp_path / "data" / "walk" / "a.npy").exists()
+    (tmp_path / "videos" / "resized").mkdir(parents=True)
+    write_video(tmp_path / "videos" / "resized" / "a.mp4", drawn[:20])
+    args = "--raw", tmp_path / "videos", "--out", tmp_path / "videos" / "resized"
+    assert resized(capsys, *args)[-1].startswith("1 clips, 20 frames, 0 actions")
+    args = "--raw", tmp_path / "videos", "--out", tmp_path / "videos"
+    assert resized(capsys, *args)[-1].startswith("1 clips, 20 frames, 1 actions")
+    (tmp_path / "same").symlink_to(tmp_path / "videos")
+    args = "--raw", tmp_path / "videos", "--out", tmp_path / "same"
+    assert resized(capsys, *args)[-1].startswith("1 clips, 20 frames, 1 actions")
+
+
+def test_odd_names_and_damaged_records(tmp_path, capsys, drawn):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    out.mkdir()
+    for name in ("take:1.mp4", "-x y%d.mp4", "ü×.mp4"):
+        write_video(raw / "a.mp4", drawn[:20])
+        (raw / "a.mp4").rename(raw / name)
+    not_utf8 = os.fsdecode(b"x\xff.mp4")
+    (raw / not_utf8).write_bytes((raw / "take:1.mp4").read_bytes())
+    precious = tmp_path / "precious.npy"
+    np.save(precious, np.zeros(3))
+    lines = [[1, 2], None, 3, ["take:1.npy", None], ["take:1.npy", {"source": 5}], [["a"], {}]]
+    lines.append(["../precious.npy", {"source": ["synthetic", 1]}])
+    record = "\n".join(map(json.dumps, lines)).encode() + b"\n\xff\n" + b"[" * 100_000
+    (out / "clips.jsonl").write_bytes(record)
+    lines = resized(capsys, "--raw", raw, "--out", out)
+    assert "its name is not valid UTF-8: rename it" in lines[0]
+    assert lines[1] == f"3 clips, 60 frames, 0 actions → {out} (1 skipped)"
+    assert precious.exists()
+
+
+def test_a_video_that_ends_early_is_mentioned(tmp_path, capsys, drawn):
+    write_video(tmp_path / "a.mp4", drawn[:50], output_params=["-movflags", "faststart"])
+    content = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(content[: len(content) * 8 // 10])
+    lines = resized(capsys, "--raw", tmp_path, "--out", tmp_path / "out")
+    assert re.match(rf"note: {tmp_path / 'a.mp4'}: only \d+ of 50 frames could be read", lines[0])
 
 
 def test_nothing_usable_says_what_to_do(tmp_path, capsys):
@@ -364,6 +424,7 @@ def test_synthetic_and_real_clips_do_not_mix(tmp_path, capsys, drawn, monkeypatc
     write_video(raw / "mine" / "a.mp4", drawn[:20])
     lines = resized(capsys, "--raw", raw, "--out", out)
     assert lines[0] == f"removed 10 clips that --synthetic had drawn in {out}"
+    assert lines[1] == f"1 clips, 20 frames, 1 actions → {out} (0 skipped)" and len(lines) == 2
     assert [a.name for a in out.rglob("*.npy")] == ["a.npy"]
     assert "holds other clips" in refused(capsys, "--synthetic", "--out", out)
     assert [a.name for a in out.rglob("*.npy")] == ["a.npy"]
@@ -377,7 +438,7 @@ def test_other_arrays_in_the_folder_are_mentioned(tmp_path, capsys, drawn):
     resized(capsys, "--raw", raw, "--out", out)
     (raw / "b.mp4").unlink()
     lines = resized(capsys, "--raw", raw, "--out", out)
-    assert f"{out} also holds 1 that these clips did not give, such as {out / 'b.npy'}" in lines[-1]
+    assert f"{out} also holds 1 that these clips did not give, such as b.npy" in lines[-1]
 
 
 # ---------------------------------------------------------------- downloading
@@ -497,6 +558,8 @@ def test_no_server_no_file_and_damaged_files(zips, tmp_path, capsys):
         assert "Not Found" in fails(server.url) and len(server.requests) == 1
     damaged = bytearray(zips["bend.zip"])
     damaged[len(damaged) // 2] ^= 1
+    for url in ("http://[::1", "http://..x/"):
+        assert "cannot download" in fails(url)
     for content in (bytes(damaged), b"<html>busy</html>", zips["bend.zip"][:5000]):
         with Server(zips | {"bend.zip": content}) as server:
             assert "not a sound zip" in fails(server.url)

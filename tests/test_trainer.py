@@ -237,9 +237,12 @@ def test_loading_says_what_is_different(clips, tmp_path):
     assert all(g["lr"] == 1e-4 for g in trainer.optimizer_d.param_groups)
     with pytest.raises(UserError, match="size was 32, is 64 now; frames was 16, is 32 now"):
         trainer.load(path, old | {"size": 64, "frames": 32})
-    path.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(UserError, match="not a checkpoint"):
-        trainer.load(path, old)
+    whole = path.read_bytes()
+    others = [{"format": 1}, {"format": 2, "settings": old}, torch.zeros(3)]
+    for content in (whole[:100_000], b"", b"hello", *others):
+        torch.save(content, path) if not isinstance(content, bytes) else path.write_bytes(content)
+        with pytest.raises(UserError, match="not a checkpoint"):
+            trainer.load(path, old)
 
 
 @pytest.mark.parametrize("device", DEVICES)
