@@ -11,7 +11,6 @@ form, where they make -log D(w) small; and 0.9 in place of 1 as the label of wha
 """
 
 import math
-import pickle
 import time
 
 import torch
@@ -175,7 +174,9 @@ class Trainer:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             ours = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
             ours = ours and "settings" in checkpoint
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
+        except OSError:
+            raise
+        except Exception:  # torch.load raises a dozen kinds for what is no checkpoint
             ours = False
         if not ours:
             raise UserError(f"{path}: not a checkpoint of this program, or a damaged one")
