@@ -239,7 +239,7 @@ def train(trainer, epochs, log, save_checkpoint, videos, sample_every, checkpoin
                 log.add(trainer.epoch, losses, seconds)
                 each = seconds / len(waiting)
                 pace = each if pace is None else 0.8 * pace + 0.2 * each
-                took = f"{pace:.3g} s" if pace >= 1 else f"{pace * 1000:.3g} ms"
+                took = f"{pace:.3g} s" if pace >= 0.9995 else f"{pace * 1000:.3g} ms"
                 figures = " ".join(f"{n} {x:.2f}" for n, x in zip(LOSSES, losses[-1].tolist()))
                 bar.set_postfix_str(f"{took}/epoch, {figures}", refresh=False)
                 bar.update(len(waiting))
