@@ -72,7 +72,7 @@ def pick_device(name):
 
 
 def pick_precision(name, device):
-    """ "fp32" or "bf16"; "auto" takes bf16 where `device` computes in it natively."""
+    """The precision called `name`; "auto" takes bf16 where `device` has it natively, else fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":

@@ -90,7 +90,7 @@ def read_frames(path):
 
 
 def read_video(path):
-    """Yield the frames of an AVI, MP4, MOV, MKV, WEBM or GIF file."""
+    """Yield the frames of a video file or GIF, turned upright as its metadata says."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:  # OpenCV ends the process on such a name
@@ -282,9 +282,6 @@ def fetch(url, path, tries=3):
                 f"cannot download {url}: {reason}; run the same again to go on where it stopped, "
                 "name a mirror with --url, or do without the data with --synthetic"
             ) from None
-    if not is_sound(part):
-        part.unlink()
-        raise UserError(f"{url}: what arrived is not a sound zip; run the same again")
     os.replace(part, path)
 
 
@@ -326,10 +323,12 @@ def is_sound(archive):
 def unpack(archive, folder):
     """Unpack a zip into `folder`, but for what is there; each file whole or not at all.
 
-    Raises UserError if the archive is damaged or a member would land outside `folder`.
+    Raises UserError if the archive is damaged, which is then removed, or if a member would land
+    outside `folder`.
     """
     if not is_sound(archive):
-        raise UserError(f"{archive}: not a sound zip; delete it and run the same again")
+        archive.unlink()
+        raise UserError(f"{archive}: not a sound zip, removed; run the same again to fetch it")
     with zipfile.ZipFile(archive) as members:
         files = [member for member in members.infolist() if not member.is_dir()]
         for member in files:
@@ -397,6 +396,11 @@ def make_arrays(args):
         download(args.raw, args.url)
     if args.synthetic:
         sources, skipped = synthetic_clips(), []
+        if others := [array for array in arrays_in(args.out) if array not in sources]:
+            raise UserError(
+                f"--synthetic: {args.out} holds other clips, such as {others[0]}; "
+                "name another folder with --out"
+            )
     else:
         sources, skipped = find_clips(args.raw, args.out)
         if not sources:
@@ -405,13 +409,6 @@ def make_arrays(args):
                 "fetch the Weizmann clips with --download, or draw some with --synthetic"
             )
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.synthetic:
-        others = [array for array in arrays_in(args.out) if array not in sources]
-        if others:
-            raise UserError(
-                f"--synthetic: {args.out} holds other clips, such as {others[0]}; "
-                "name another folder with --out"
-            )
     done, failed = convert(sources, args.out, args.size, args.every)
     skipped += failed
     for name, reason in skipped:

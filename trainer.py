@@ -23,6 +23,7 @@ from utils import LOSSES, UserError, save_gif, video_grid, whole_file
 REAL, FAKE = 0.9, 0.0  # one-sided label smoothing
 BETAS = 0.5, 0.999
 FORMAT = 1  # of checkpoint.pt
+SAMPLES = 16  # videos in a sample GIF
 
 
 def bce(logits, label):
@@ -68,7 +69,7 @@ class Trainer:
         self.optimizer_g = torch.optim.Adam(self.generator.parameters(), lr, BETAS)
         # On the CPU whatever the device is, so that the same seed draws the same everywhere.
         self.rng = torch.Generator().manual_seed(seed)
-        self.sample_noise = self.generator.draw_noise(16, clips.frames, self.rng)
+        self.sample_noise = self.generator.draw_noise(SAMPLES, clips.frames, self.rng)
 
     @property
     def networks(self):
@@ -138,14 +139,15 @@ class Trainer:
     def sample(self):
         """Videos from the fixed noise, in evaluation mode: (16, 3, T, S, S) in [-1, 1]."""
         self.generator.eval()
-        videos = [self.generator(*(n[i : i + 1] for n in self.sample_noise)) for i in range(16)]
+        one_by_one = zip(*(noise.split(1) for noise in self.sample_noise))  # to need little memory
+        videos = [self.generator(*noise) for noise in one_by_one]
         self.generator.train()
         return torch.cat(videos)
 
     def real_sample(self, seed):
-        """As many real windows, drawn without touching the random state of the training."""
+        """16 real windows, (16, 3, T, S, S), drawn without touching the training's random state."""
         rng = torch.Generator().manual_seed(seed)
-        return self.clips.read(*self.clips.draw(16, rng))[0]
+        return self.clips.read(*self.clips.draw(SAMPLES, rng))[0]
 
     # ------------------------------------------------------------ checkpoint
 

@@ -270,6 +270,27 @@ def test_a_checkpoint_that_is_none(folders, capsys):
     assert (folders.models / "checkpoint.pt").read_text() == "hello"
 
 
+@pytest.mark.parametrize(
+    "every, said",
+    [(2, "is safe; --pre-train 1 goes on"), (5000, "no checkpoint had been made by epoch 3")],
+)
+def test_ctrl_c_says_what_is_safe(folders, capsys, monkeypatch, every, said):
+    update = main.Trainer.update
+
+    def interrupted(trainer, *batch):
+        if trainer.epoch == 3:
+            raise KeyboardInterrupt
+        return update(trainer, *batch)
+
+    monkeypatch.setattr(main.Trainer, "update", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        folders.train("--epochs=9", f"--checkpoint-every={every}")
+    out, error = capsys.readouterr()
+    assert exit_.value.code == 130 and "Traceback" not in error
+    assert said in out and error.endswith("main.py: stopped\n")
+    assert (folders.models / "checkpoint.pt").exists() == (every == 2)
+
+
 def test_twice_over_in_one_ipython_kernel(tmp_path):
     """As in Colab: %run resize.py, %run main.py, and both again."""
     copy = tmp_path / "mocogan"

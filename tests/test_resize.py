@@ -390,7 +390,7 @@ def test_synthetic_clips(synthetic_folder):
 
 
 def test_synthetic_clips_are_the_same_every_time(synthetic_folder):
-    """Two processes, and one frame against its checksum in the whole clip of this process."""
+    """What another process drew, pixel by pixel, is what this one draws."""
     out = synthetic_folder[0]
     for person, action in ((0, "walk"), (4, "wave2"), (8, "bend")):
         who = synthetic.PEOPLE[person]
