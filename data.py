@@ -1,10 +1,12 @@
 """The real clips: uint8 frame arrays on disk, served as random windows of frames.
 
 `resize.py` writes one array a clip, (n_frames, S, S, 3), uint8, RGB. They are memory-mapped, so a
-data set larger than memory works, and only the frames of a batch are ever turned into floats.
+data set larger than memory works, or lie on a GPU as the bytes they are; only the frames of a batch
+are ever turned into floats.
 """
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,7 +28,7 @@ class ClipDataset:
     """
 
     def __init__(self, folder, frames=16):
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; make it with resize.py")
         self.frames = frames
@@ -54,6 +56,10 @@ class ClipDataset:
         self.paths = list(shapes)
         self.names = [path.relative_to(folder) for path in shapes]
         self.lengths = torch.tensor([shape[0] for shape in shapes.values()])
+        self.first = self.lengths.cumsum(0) - self.lengths  # where a clip begins among all frames
+        self.bytes = int(self.lengths.sum()) * self.size**2 * 3
+        self.lengths_on = lru_cache(maxsize=None)(self.lengths.to)  # a copy on each device used
+        self.pixels = None  # every frame, once `to` has put them on a device
         # Each open map holds a file, and a process may hold only so many.
         self.open = lru_cache(maxsize=128)(open_array)
         self.actions = sorted({name.parts[0] for name in self.names if len(name.parts) > 1})
@@ -72,32 +78,87 @@ class ClipDataset:
     def __len__(self):
         return len(self.paths)
 
+    def to(self, device):
+        """Put every frame into the memory of `device`, as bytes: `read` then works there."""
+        shape = int(self.lengths.sum()), self.size, self.size, 3
+        pixels = torch.empty(shape, dtype=torch.uint8, device=device)
+        for path, first, length in zip(self.paths, self.first.tolist(), self.lengths.tolist()):
+            pixels[first : first + length] = torch.from_numpy(np.array(self.open(path)))
+        self.pixels, self.first = pixels, self.first.to(device)
+
     def draw(self, batch_size, rng):
         """Draw a clip for each item of a batch, and where S_T and S_1 look at it.
 
         Uniform over the clips; then, in a clip of K frames, `start` is uniform over 0 ... K - T
         (S_T: where the window of T frames begins) and, independently, `frame` over 0 ... K - 1
         (S_1; paper, section 3.2). Returns clip, start and frame, each (B,) int64, drawn from
-        `rng`, a torch.Generator on the CPU.
+        `rng`, a torch.Generator, on its device.
         """
-        clip = torch.randint(len(self), (batch_size,), generator=rng)
-        u = torch.rand(2, batch_size, generator=rng, dtype=torch.float64)  # in [0, 1)
-        start = (u[0] * (self.lengths[clip] - self.frames + 1)).long()
-        frame = (u[1] * self.lengths[clip]).long()
-        return clip, start, frame
+        on = {"generator": rng, "device": rng.device}
+        clip = torch.randint(len(self), (batch_size,), **on)
+        u = torch.rand(2, batch_size, dtype=torch.float64, **on)  # in [0, 1)
+        lengths = self.lengths_on(rng.device)[clip]
+        return clip, (u[0] * (lengths - self.frames + 1)).long(), (u[1] * lengths).long()
 
-    def read(self, clip, start, frame, device="cpu"):
-        """Read what `draw` drew: S_T(v) and S_1(v) of real clips, float32 in [-1, 1].
+    def read(self, clip, start, frame, pin=False):
+        """Read what `draw` drew: the B windows S_T(v), then the B frames S_1(v), of real clips.
 
-        Returns windows (B, 3, T, S, S) and frames (B, 3, S, S), on `device`. They travel there as
-        bytes, and lie in memory channels last, as the arrays do.
+        Returns (B * T + B, S, S, 3) uint8, RGB, where the clips are: on the device after `to`, else
+        in host memory, which `pin` makes a GPU able to fetch by itself.
         """
-        size, n = self.size, self.frames
-        windows = np.empty((len(clip), n, size, size, 3), np.uint8)
-        frames = np.empty((len(clip), size, size, 3), np.uint8)
+        if self.pixels is not None:
+            clip, start, frame = (x.to(self.pixels.device) for x in (clip, start, frame))
+            first = self.first[clip]
+            window = (first + start)[:, None] + torch.arange(self.frames, device=first.device)
+            return self.pixels[torch.cat([window.flatten(), first + frame])]
+        shape = len(clip) * (self.frames + 1), self.size, self.size, 3
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+        windows, frames = pixels.numpy()[: -len(clip)], pixels.numpy()[-len(clip) :]
         for i, (c, s, f) in enumerate(zip(clip.tolist(), start.tolist(), frame.tolist())):
-            clip = self.open(self.paths[c])
-            windows[i], frames[i] = clip[s : s + n], clip[f]
-        windows = to_float(torch.from_numpy(windows).to(device)).permute(0, 4, 1, 2, 3)
-        frames = to_float(torch.from_numpy(frames).to(device)).permute(0, 3, 1, 2)
-        return windows, frames
+            array = self.open(self.paths[c])
+            windows[i * self.frames : (i + 1) * self.frames] = array[s : s + self.frames]
+            frames[i] = array[f]
+        return pixels
+
+
+class ReadAhead:
+    """Batches of real clips from the memory maps; a thread reads one while the last one is used.
+
+    rng: a torch.Generator on the CPU, for this alone. `state` is its state after the batch that
+    `next` returned last, without those read ahead: what a checkpoint needs.
+    """
+
+    def __init__(self, clips, batch_size, rng, pin=False):
+        self.clips, self.batch_size, self.rng, self.pin = clips, batch_size, rng, pin
+        self.thread = ThreadPoolExecutor(1)
+        self.go_on_from(rng.get_state())
+
+    def go_on_from(self, state):
+        """Return to a `state` of earlier; what was read ahead is forgotten."""
+        self.thread.submit(self.rng.set_state, state).result()
+        self.state, self.ahead = state, None
+
+    def _read(self):
+        pixels = self.clips.read(*self.clips.draw(self.batch_size, self.rng), self.pin)
+        return pixels, self.rng.get_state()
+
+    def next(self):
+        """The next batch, as from `ClipDataset.read`."""
+        pixels, self.state = (self.ahead or self.thread.submit(self._read)).result()
+        self.ahead = self.thread.submit(self._read)
+        return pixels
+
+
+def look(pixels, batch_size):
+    """Frames as `ClipDataset.read` returns them, as float32 in [-1, 1]: S_T(v) and S_1(v)."""
+    return split(to_float(pixels).permute(0, 3, 1, 2), batch_size)
+
+
+def split(frames, batch_size):
+    """B * T frames of windows, then B single ones, (B * T + B, 3, S, S), to S_T and S_1.
+
+    Returns windows (B, 3, T, S, S) and frames (B, 3, S, S), which share the memory of `frames`;
+    where that is channels last, so are they.
+    """
+    windows, single = frames[:-batch_size], frames[-batch_size:]
+    return windows.unflatten(0, (batch_size, -1)).transpose(1, 2), single

@@ -22,6 +22,7 @@ from utils import (
     number,
     one_line_errors,
     save_gif,
+    set_up_machine,
     video_grid,
 )
 
@@ -100,6 +101,7 @@ def run(args):
     clips = ClipDataset(args.data, args.frames)
     for line in clips.skipped:
         print(f"left out: {line}")
+    set_up_machine(device)
     trainer = Trainer(clips, args.batch_size, args.lr, args.seed, device, precision)
     args.models.mkdir(parents=True, exist_ok=True)
     args.videos.mkdir(parents=True, exist_ok=True)

@@ -128,7 +128,7 @@ class VideoGenerator(nn.Module):
         self.image_generator = ImageGenerator(size)
 
     def draw_noise(self, batch_size, length, rng):
-        """Draw what `forward` takes, from `rng`, a torch.Generator on the CPU.
+        """Draw what `forward` takes, from `rng`, a torch.Generator.
 
         Returns N(0, I) draws on the device of the networks: z_content (B, 50), the noise e
         (B, K, 10) with K = length, and the first state h0 (B, 10).
@@ -139,7 +139,8 @@ class VideoGenerator(nn.Module):
             (batch_size, length, DIM_NOISE),
             (batch_size, DIM_MOTION),
         )
-        return tuple(torch.randn(shape, generator=rng).to(device) for shape in shapes)
+        draws = (torch.randn(shape, generator=rng, device=rng.device) for shape in shapes)
+        return tuple(draw.to(device) for draw in draws)
 
     def path(self, z_content, e, h0):
         """The path [z_C ; z_M(1)] ... [z_C ; z_M(K)]: (B, K, 60), from `draw_noise`'s draws."""

@@ -17,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from data import ReadAhead, look, split
 from models import ImageDiscriminator, VideoDiscriminator, VideoGenerator
 from utils import LOSSES, UserError, save_gif, video_grid, whole_file
 
 REAL, FAKE = 0.9, 0.0  # one-sided label smoothing
 BETAS = 0.5, 0.999
-FORMAT = 1  # of checkpoint.pt
+FORMAT = 2  # of checkpoint.pt
 SAMPLES = 16  # videos in a sample GIF
+WARM_UP = 3  # epochs before one is recorded as a CUDA graph
 
 
 def bce(logits, label):
@@ -35,15 +37,20 @@ def bce(logits, label):
 class Trainer:
     """The four networks, their optimisers, the random state, and one epoch of training.
 
-    clips: a ClipDataset; it gives the size of the frames, T, and the lengths of the videos.
+    clips: a ClipDataset; it gives the size of the frames, T, and the lengths of the videos. On a
+    CUDA device with room for all of them the clips are moved there.
     seed: of all randomness: the first weights, the clips and windows drawn, the noise.
     precision: "fp32" or "bf16", the type of the convolutions; R_M and the losses stay float32.
+    graph: on CUDA, record an epoch as a CUDA graph; False runs it kernel by kernel, for debugging.
     """
 
-    def __init__(self, clips, batch_size=16, lr=2e-4, seed=0, device="cpu", precision="fp32"):
+    def __init__(
+        self, clips, batch_size=16, lr=2e-4, seed=0, device="cpu", precision="fp32", graph=True
+    ):
         self.clips = clips
-        self.batch_size = batch_size
+        self.batch_size, self.seed = batch_size, seed
         self.device = torch.device(device)
+        cuda = self.device.type == "cuda"
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=precision == "bf16"
         )
@@ -65,11 +72,24 @@ class Trainer:
             *self.image_discriminator.parameters(),
             *self.video_discriminator.parameters(),
         ]
-        self.optimizer_d = torch.optim.Adam(self.discriminator_weights, lr, BETAS)
-        self.optimizer_g = torch.optim.Adam(self.generator.parameters(), lr, BETAS)
-        # On the CPU whatever the device is, so that the same seed draws the same everywhere.
-        self.rng = torch.Generator().manual_seed(seed)
-        self.sample_noise = self.generator.draw_noise(SAMPLES, clips.frames, self.rng)
+        # One pass over all weights a step; "capturable": in a CUDA graph.
+        options = {"lr": lr, "betas": BETAS, "fused": True, "capturable": cuda}
+        self.optimizer_d = torch.optim.Adam(self.discriminator_weights, **options)
+        self.optimizer_g = torch.optim.Adam(self.generator.parameters(), **options)
+
+        self.longest = int(clips.lengths.max())
+        rng = torch.Generator().manual_seed(seed)
+        self.sample_noise = self.generator.draw_noise(SAMPLES, clips.frames, rng)
+        if cuda and clips.bytes < torch.cuda.mem_get_info(self.device)[0] / 2:
+            clips.to(self.device)
+            self.ahead = None
+        else:
+            other = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=rng)))
+            self.ahead = ReadAhead(clips, batch_size, other, pin=cuda)
+        # Draws are made where they are used, so that the host need not be waited for.
+        self.rng = torch.Generator(self.device).manual_seed(seed) if cuda else rng
+        self.use_graph = graph and cuda
+        self.graph, self.epochs_before_graph = None, WARM_UP
 
     @property
     def networks(self):
@@ -80,17 +100,30 @@ class Trainer:
             "D_V": self.video_discriminator,
         }
 
-    def draw(self):
-        """Draw all that is random in one epoch: what `update` takes."""
-        real_window, real_frame = self.clips.read(
-            *self.clips.draw(self.batch_size, self.rng), self.device
-        )
+    # ------------------------------------------------------------ one epoch
+
+    def next_pixels(self):
+        """The next batch of real clips, on the device, as from `ClipDataset.read`."""
+        if self.ahead is None:
+            return self.clips.read(*self.clips.draw(self.batch_size, self.rng))
+        return self.ahead.next().to(self.device, non_blocking=True)
+
+    def draw(self, pixels=None):
+        """Draw all that is random in one epoch: what `update` takes, on the device.
+
+        pixels: from `next_pixels`, which is asked where they are not given.
+        """
+        if pixels is None:
+            pixels = self.next_pixels()
         # A generated video has a real clip's length K, and S_T and S_1 look at it as at that clip.
-        clip, start, frame = self.clips.draw(self.batch_size, self.rng)
-        noise = self.generator.draw_noise(self.batch_size, self.clips.lengths[clip].max(), self.rng)
-        window = start[:, None] + torch.arange(self.clips.frames)
+        _, start, frame = self.clips.draw(self.batch_size, self.rng)
+        window = start[:, None] + torch.arange(self.clips.frames, device=start.device)
         looked_at = torch.cat([window, frame[:, None]], dim=1).to(self.device)
-        return real_window, real_frame, noise, looked_at
+        # R_M looks back only, so a path may end with the last frame that is looked at. To know
+        # which that is, the host would have to wait for a GPU: there paths have the longest length.
+        length = self.longest if self.device.type == "cuda" else int(looked_at.max()) + 1
+        noise = self.generator.draw_noise(self.batch_size, length, self.rng)
+        return pixels, noise, looked_at
 
     def generate(self, noise, looked_at):
         """Generate videos, only the frames that the discriminators look at.
@@ -101,39 +134,86 @@ class Trainer:
         """
         path = self.generator.path(*noise)
         points = path.gather(1, looked_at[..., None].expand(-1, -1, path.shape[2]))
+        points = torch.cat([points[:, :-1].flatten(0, 1), points[:, -1]])
         with self.autocast:
-            frames = self.generator.render(points)
-        return frames[:, :-1].transpose(1, 2), frames[:, -1]
+            return split(self.generator.render(points), len(looked_at))
 
-    def update(self, real_window, real_frame, noise, looked_at):
-        """One epoch: a step of D_I and D_V with G_I and R_M fixed, then the other way round.
+    def update(self, pixels, noise, looked_at):
+        """The update: a step of D_I and D_V with G_I and R_M fixed, then the other way round.
 
         Takes what `draw` returns. Returns the losses D_I, D_V, G_I, G_V: (4,), on the device.
         """
         D_I, D_V = self.image_discriminator.logits, self.video_discriminator.logits
-        fake_window, fake_frame = self.generate(noise, looked_at)
 
+        real_window, real_frame = look(pixels, self.batch_size)
         with self.autocast:
-            loss_D_I = bce(D_I(real_frame), REAL) + bce(D_I(fake_frame.detach()), FAKE)
-            loss_D_V = bce(D_V(real_window), REAL) + bce(D_V(fake_window.detach()), FAKE)
-        self.optimizer_d.zero_grad()
-        (loss_D_I + loss_D_V).backward()
+            real_D_I, real_D_V = bce(D_I(real_frame), REAL), bce(D_V(real_window), REAL)
+        (real_D_I + real_D_V).backward()
+        del real_window, real_frame
+        fake_window, fake_frame = self.generate(noise, looked_at)
+        with self.autocast:
+            fake_D_I = bce(D_I(fake_frame.detach()), FAKE)
+            fake_D_V = bce(D_V(fake_window.detach()), FAKE)
+        (fake_D_I + fake_D_V).backward()
         self.optimizer_d.step()
+        self.optimizer_d.zero_grad()
 
         # The generators' gradient passes through the discriminators, theirs need not be computed.
         for weight in self.discriminator_weights:
             weight.requires_grad_(False)
         with self.autocast:
-            loss_G_I = bce(D_I(fake_frame), REAL)
-            loss_G_V = bce(D_V(fake_window), REAL)
-        self.optimizer_g.zero_grad()
-        (loss_G_I + loss_G_V).backward()
+            G_I, G_V = bce(D_I(fake_frame), REAL), bce(D_V(fake_window), REAL)
+        (G_I + G_V).backward()
         self.optimizer_g.step()
+        self.optimizer_g.zero_grad()
         for weight in self.discriminator_weights:
             weight.requires_grad_(True)
 
+        return torch.stack([real_D_I + fake_D_I, real_D_V + fake_D_V, G_I, G_V]).detach()
+
+    def train_epoch(self):
+        """Draw and update once. Returns the losses D_I, D_V, G_I, G_V: (4,), on the device.
+
+        On CUDA the first epochs run kernel by kernel; then one is recorded as a CUDA graph, and
+        from there on each is one launch: Python is slower at launching kernels than a GPU at
+        running them.
+        """
+        if not self.use_graph:
+            losses = self.update(*self.draw())
+        elif self.epochs_before_graph:
+            self.epochs_before_graph -= 1
+            losses = self._on_side_stream()
+        else:
+            pixels = None if self.ahead is None else self.next_pixels()
+            if self.graph is None:
+                self._record(pixels)
+            elif pixels is not None:
+                self.recorded_pixels.copy_(pixels)
+            self.graph.replay()
+            losses = self.recorded_losses.clone()
         self.epoch += 1
-        return torch.stack([loss_D_I, loss_D_V, loss_G_I, loss_G_V]).detach()
+        return losses
+
+    def _on_side_stream(self):
+        """An epoch as recording needs it before: the optimisers' state made, kernels chosen."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            losses = self.update(*self.draw())
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        return losses
+
+    def _record(self, pixels):
+        """Record an epoch without running it; each replay draws anew, from `rng`.
+
+        pixels: None where the clips are on the device and the gather is part of the epoch; else a
+        batch, whose memory each later one is copied into.
+        """
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(self.rng)
+        self.recorded_pixels = pixels
+        with torch.cuda.device(self.device), torch.cuda.graph(self.graph):
+            self.recorded_losses = self.update(*self.draw(pixels))
 
     @torch.no_grad()
     def sample(self):
@@ -147,7 +227,7 @@ class Trainer:
     def real_sample(self, seed):
         """16 real windows, (16, 3, T, S, S), drawn without touching the training's random state."""
         rng = torch.Generator().manual_seed(seed)
-        return self.clips.read(*self.clips.draw(SAMPLES, rng))[0]
+        return look(self.clips.read(*self.clips.draw(SAMPLES, rng)), SAMPLES)[0]
 
     # ------------------------------------------------------------ checkpoint
 
@@ -160,11 +240,25 @@ class Trainer:
             "networks": {name: net.state_dict() for name, net in self.networks.items()},
             "optimizer_d": self.optimizer_d.state_dict(),
             "optimizer_g": self.optimizer_g.state_dict(),
-            "rng": self.rng.get_state(),
+            "rng": self._random_states(),
             "sample_noise": self.sample_noise,
         }
         with whole_file(path) as file:
             torch.save(checkpoint, file)
+
+    def _random_states(self):
+        ahead = None if self.ahead is None else self.ahead.state
+        return {"device": self.rng.device.type, "draws": self.rng.get_state(), "clips": ahead}
+
+    def _go_on_from(self, states):
+        """Take the random states of a checkpoint; those of another device mean nothing on this."""
+        anew = torch.Generator().manual_seed((self.seed + self.epoch) % 2**63)
+        if states["device"] == self.rng.device.type:
+            self.rng.set_state(states["draws"])
+        else:
+            self.rng.manual_seed(int(torch.randint(2**62, (), generator=anew)))
+        if self.ahead is not None:
+            self.ahead.go_on_from(anew.get_state() if states["clips"] is None else states["clips"])
 
     def load(self, path, settings):
         """Go on from `path`. Returns a line for each setting that is another now than it was.
@@ -196,12 +290,13 @@ class Trainer:
             (self.optimizer_d, checkpoint["optimizer_d"]),
             (self.optimizer_g, checkpoint["optimizer_g"]),
         ):
-            optimizer.load_state_dict(state)
-            for group in optimizer.param_groups:
-                group["lr"] = settings["lr"]
-        self.rng.set_state(checkpoint["rng"])
+            # The moments are the checkpoint's, the options (fused, lr) those of now.
+            now = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state["state"], "param_groups": now})
+        self.graph, self.epochs_before_graph = None, WARM_UP
         self.sample_noise = tuple(n.to(self.device) for n in checkpoint["sample_noise"])
         self.epoch = checkpoint["epoch"]
+        self._go_on_from(checkpoint["rng"])
         return changed
 
 
@@ -231,11 +326,12 @@ def train(trainer, epochs, log, save_checkpoint, videos, sample_every, checkpoin
     )
     with bar:
         while trainer.epoch < epochs:
-            waiting.append(trainer.update(*trainer.draw()))
+            waiting.append(trainer.train_epoch())
             sample_now = trainer.epoch % sample_every == 0 or trainer.epoch == epochs
             save_now = trainer.epoch % checkpoint_every == 0 or trainer.epoch == epochs
-            # Losses stay on the device until they are shown: fetching one waits for it.
-            if sample_now or save_now or time.perf_counter() - since > 0.5:
+            # Losses stay on the device until they are shown, about every half second: to fetch them
+            # is to wait for it.
+            if sample_now or save_now or pace is None or len(waiting) * pace >= 0.5:
                 losses = torch.stack(waiting).cpu()
                 seconds = time.perf_counter() - since
                 log.add(trainer.epoch, losses, seconds)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import ClipDataset
+from data import ClipDataset, look
 from utils import UserError, to_float, to_uint8
 
 
@@ -56,7 +56,10 @@ def test_windows_and_frames_are_those_of_the_arrays(three):
         torch.tensor([0, 14, 3, 2]),
         torch.tensor([15, 0, 29, 7]),
     )
-    windows, frames = three.read(clip, start, frame)
+    pixels = three.read(clip, start, frame)
+    assert pixels.shape == (4 * 16 + 4, 32, 32, 3) and pixels.dtype == torch.uint8
+    windows, frames = look(pixels, 4)
+    assert windows.is_contiguous(memory_format=torch.channels_last_3d)
     assert windows.shape == (4, 3, 16, 32, 32) and frames.shape == (4, 3, 32, 32)
     assert windows.dtype == frames.dtype == torch.float32
     first = torch.tensor([0, 100 + 14, 100 + 3, 50 + 2])
@@ -71,7 +74,7 @@ def test_layout_is_channels_first_of_rgb(tmp_path):
     clip = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
     np.save(tmp_path / "a.npy", clip)
     zero = torch.tensor([0])
-    windows, frames = ClipDataset(tmp_path).read(zero, zero, zero + 3)
+    windows, frames = look(ClipDataset(tmp_path).read(zero, zero, zero + 3), 1)
     assert (to_uint8(windows[0]).numpy() == clip.transpose(3, 0, 1, 2)).all()
     assert (to_uint8(frames[0]).numpy() == clip[3].transpose(2, 0, 1)).all()
 
@@ -148,7 +151,7 @@ def test_more_clips_than_files_may_be_open(tmp_path):
     resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 30, hard))
     try:
         each = torch.arange(60)
-        windows, _ = ClipDataset.read(clips, each, each * 0, each * 0)
+        windows, _ = look(clips.read(each, each * 0, each * 0), 60)
         assert len(ClipDataset(tmp_path)) == 60
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

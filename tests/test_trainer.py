@@ -1,32 +1,26 @@
+import contextlib
 import copy
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import DEVICES
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import trainer as trainer_module
+from benchmark import ByTheBook
 from data import ClipDataset
-from trainer import Trainer
+from trainer import Trainer, train
 from utils import UserError
 
-
-def book(trainer):
-    """Copies of the trainer's networks in the default layout, and an optimiser for each."""
-    nets = {}
-    for name, net in trainer.networks.items():
-        nets[name] = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
-        for weight in nets[name].parameters():
-            weight.data = weight.data.contiguous()
-    adams = {
-        name: torch.optim.Adam(net.parameters(), lr=0.0002, betas=(0.5, 0.999), foreach=False)
-        for name, net in nets.items()
-    }
-    return nets, adams
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")
 
 
 def share_moments(trainer, adams):
-    """Give each of the four optimisers what the trainer's two hold for its weights."""
+    """Give each of the book's four optimisers what the trainer's two hold for its weights."""
     for optimizer, names in (
         (trainer.optimizer_d, ("D_I", "D_V")),
         (trainer.optimizer_g, ("R_M", "G_I")),
@@ -39,83 +33,74 @@ def share_moments(trainer, adams):
             adams[name].load_state_dict(state)
 
 
-def by_the_book(nets, adams, real_window, real_frame, noise, looked_at):
-    """The update by the book: BCE on probabilities, R_M frame by frame, a backward a term."""
-    R_M, G_I, D_I, D_V = (nets[name] for name in ("R_M", "G_I", "D_I", "D_V"))
-    z_content, e, h0 = noise
-    B, T = len(e), real_window.shape[2]
-    codes, state = [], h0
-    for k in range(e.shape[1]):
-        state = R_M(e[:, k : k + 1], state)[:, 0]
-        codes.append(torch.cat([z_content, state], dim=1))
-    points = [codes[int(k)][i] for i in range(B) for k in looked_at[i]]
-    frames = G_I(torch.stack(points)[:, :, None, None])
-    frames = frames.reshape(B, T + 1, *frames.shape[1:])
-    fake_window = frames[:, :T].permute(0, 2, 1, 3, 4).contiguous()
-    fake_frame = frames[:, T].contiguous()
+@contextlib.contextmanager
+def gradients_at_each_step(optimizers):
+    """The gradients of each optimiser's weights, by name, when it takes its step."""
+    taken = {}
 
-    loss = nn.BCELoss()
-    real, fake = e.new_full((B,), 0.9), e.new_zeros(B)
-    losses, gradients = [], {}
-    for name, D, v, w in (
-        ("D_I", D_I, real_frame, fake_frame),
-        ("D_V", D_V, real_window, fake_window),
-    ):
-        adams[name].zero_grad()
-        on_real = loss(D(v.contiguous()), real)
-        on_real.backward()
-        on_fake = loss(D(w.detach()), fake)
-        on_fake.backward()
-        gradients[name] = [weight.grad.clone() for weight in D.parameters()]
-        adams[name].step()
-        losses.append(on_real + on_fake)
-    adams["G_I"].zero_grad()
-    adams["R_M"].zero_grad()
-    for D, w in ((D_I, fake_frame), (D_V, fake_window)):
-        term = loss(D(w), real)
-        term.backward(retain_graph=True)
-        losses.append(term)
-    for name in ("G_I", "R_M"):
-        gradients[name] = [weight.grad.clone() for weight in nets[name].parameters()]
-        adams[name].step()
-    return torch.stack(losses).detach(), gradients
+    def hook(name):
+        return lambda adam, *_: taken.update(
+            {name: [w.grad.clone() for w in adam.param_groups[0]["params"]]}
+        )
+
+    handles = [o.register_step_pre_hook(hook(name)) for name, o in optimizers.items()]
+    yield taken
+    for handle in handles:
+        handle.remove()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("device", DEVICES)
-def test_update_is_the_one_in_the_book(clips, device, dtype):
+def test_update_is_the_one_in_the_book(clips, device, dtype, monkeypatch):
     """Epoch by epoch from the same state; float64 shows that nothing but rounding differs."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     exact = dtype == torch.float64
-    trainer = Trainer(clips, batch_size=3, device=device)
+    look = trainer_module.look
+    monkeypatch.setattr(trainer_module, "look", lambda *a: tuple(x.to(dtype) for x in look(*a)))
+    B, T = 3, clips.frames
+    trainer = Trainer(clips, batch_size=B, device=device, graph=False)
     for net in trainer.networks.values():
         net.to(dtype)
     for epoch in range(4):
-        real_window, real_frame, noise, looked_at = trainer.draw()
+        pixels, noise, looked_at = trainer.draw()
         noise = tuple(n.to(dtype) for n in noise)
-        batch = real_window.to(dtype), real_frame.to(dtype), noise, looked_at
         if epoch < 2 and not exact:
             # Adam's first steps are of full length even for a gradient that is nothing but
             # rounding: in float32 two ways to compute the same thing part there.
-            trainer.update(*batch)
+            trainer.update(pixels, noise, looked_at)
             continue
-        nets, adams = book(trainer)
+        book = ByTheBook(trainer)
         if epoch:
-            share_moments(trainer, adams)
-        expected, gradients = by_the_book(nets, adams, *batch)
-        losses = trainer.update(*batch)
-        torch.testing.assert_close(losses, expected, rtol=1e-10 if exact else 1e-4, atol=0)
+            share_moments(trainer, book.adams)
+        real = (pixels.float() / 127.5 - 1).to(dtype)
+        window = real[: B * T].reshape(B, T, 32, 32, 3).permute(0, 4, 1, 2, 3).contiguous()
+        frame = real[B * T :].permute(0, 3, 1, 2).contiguous()
+        with gradients_at_each_step(book.adams) as expected:
+            expected_losses = torch.tensor(book.update(window, frame, noise, looked_at))
+        both = {"D": trainer.optimizer_d, "G": trainer.optimizer_g}
+        with gradients_at_each_step(both) as taken:
+            losses = trainer.update(pixels, noise, looked_at).cpu()
+        rtol = 1e-6 if exact else 1e-4  # a Python list of losses is made float32
+        torch.testing.assert_close(losses.float(), expected_losses, rtol=rtol, atol=0)
+        expected = {"D": expected["D_I"] + expected["D_V"], "G": expected["R_M"] + expected["G_I"]}
+        for side in "DG":
+            for new, old in zip(taken[side], expected[side], strict=True):
+                error = (new - old).norm() / old.norm()
+                assert error < (1e-9 if exact else 1e-2), f"{side} {tuple(old.shape)}: {error}"
         for name, net in trainer.networks.items():
-            differing = total = 0
-            for (key, new), value in zip(net.named_parameters(), nets[name].parameters()):
-                gradient = gradients[name].pop(0)
-                error = (new.grad - gradient).norm() / gradient.norm()
-                assert error < (1e-9 if exact else 1e-2), f"{name} {key}: gradient {error}"
-                # a weight makes a step of about 0.0002
+            new, old = (
+                torch.cat([weight.detach().flatten() for weight in network.parameters()])
+                for network in (net, book.networks[name])
+            )
+            error = (new - old).norm() / old.norm()
+            assert error < (1e-9 if exact else 1e-4), f"{name}: {error}"
+            differing = total = 0  # and one by one: a weight makes a step of about 0.0002
+            for new, value in zip(net.parameters(), book.networks[name].parameters()):
                 near = 1e-9 if exact else 0.01 * 0.0002 + 1e-4 * value.abs()
                 differing += ((new - value).abs() > near).sum().item()
                 total += value.numel()
             assert differing <= (0 if exact else 0.05 * total), f"{name}: {differing} of {total}"
-            for (key, new), value in zip(net.named_buffers(), nets[name].buffers()):
+            for (key, new), value in zip(net.named_buffers(), book.networks[name].buffers()):
                 error = (new - value).double().norm()
                 assert error <= (1e-9 if exact else 1e-3) * value.double().norm(), f"{name} {key}"
 
@@ -127,18 +112,16 @@ def test_discriminators_learn_in_their_own_step_only(clips):
 
     def at_g_step(*_):
         seen["weights"] = [w.detach().clone() for w in trainer.discriminator_weights]
-        seen["grads"] = [w.grad.clone() for w in trainer.discriminator_weights]
+        seen["no d grads"] = all(w.grad is None for w in trainer.discriminator_weights)
 
     def at_d_step(*_):
-        seen["d_grads"] = [w.grad.clone() for w in trainer.discriminator_weights]
         seen["no g grads"] = all(w.grad is None for w in trainer.generator.parameters())
 
     trainer.optimizer_d.register_step_pre_hook(at_d_step)
     trainer.optimizer_g.register_step_pre_hook(at_g_step)
-    trainer.update(*trainer.draw())
+    trainer.train_epoch()
     assert seen["no g grads"]  # the fakes were detached
-    for at_d, at_g in zip(seen["d_grads"], seen["grads"]):
-        assert torch.equal(at_d, at_g)
+    assert seen["no d grads"]
     for weight, was in zip(trainer.discriminator_weights, seen["weights"]):
         assert torch.equal(weight, was) and weight.requires_grad
 
@@ -147,13 +130,26 @@ def test_generated_videos_have_real_lengths(tmp_path):
     for name, n in (("a", 17), ("b", 60)):
         np.save(tmp_path / f"{name}.npy", np.zeros((n, 32, 32, 3), np.uint8))
     trainer = Trainer(ClipDataset(tmp_path), batch_size=1)
+    pixels = trainer.next_pixels()
+
+    def seen(draw, clip):
+        def drawn(*args):
+            places = draw(*args)
+            clip["last"] = int(places[0])
+            return places
+
+        return drawn
+
     lengths, starts, frames = {}, {17: set(), 60: set()}, {17: set(), 60: set()}
     for _ in range(2000):
-        _, _, noise, looked_at = trainer.draw()
-        K = noise[1].shape[1]
+        clip = {}
+        with mock.patch.object(trainer.clips, "draw", side_effect=seen(trainer.clips.draw, clip)):
+            _, noise, looked_at = trainer.draw(pixels)
+        K = [17, 60][clip["last"]]
         lengths[K] = lengths.get(K, 0) + 1
         window, frame = looked_at[0, :16], int(looked_at[0, 16])
         assert (window.diff() == 1).all()
+        assert noise[1].shape[1] == looked_at.max() + 1  # R_M runs as far as is looked at
         starts[K].add(int(window[0]))
         frames[K].add(frame)
     assert set(lengths) == {17, 60} and 850 < lengths[17] < 1150
@@ -163,12 +159,12 @@ def test_generated_videos_have_real_lengths(tmp_path):
 
 def test_frames_are_drawn_for_each_clip_for_itself(clips):
     trainer = Trainer(clips, batch_size=64)
-    looked_at = trainer.draw()[3]
+    looked_at = trainer.draw()[2]
     assert len(set(looked_at[:, -1].tolist())) > 16
     assert len(set((looked_at[:, -1] - looked_at[:, 0]).tolist())) > 16
 
 
-def state(trainer):
+def state_of(trainer):
     nets = {
         f"{n}.{k}": v for n, net in trainer.networks.items() for k, v in net.state_dict().items()
     }
@@ -185,8 +181,8 @@ def test_the_seed_decides_everything(clips):
         np.random.seed(elsewhere)
         trainer = Trainer(clips, batch_size=2, seed=seed)
         for _ in range(2):
-            trainer.update(*trainer.draw())
-        return state(trainer)
+            trainer.train_epoch()
+        return state_of(trainer)
 
     first = weights(seed=7, elsewhere=0)
     assert same(first, weights(seed=7, elsewhere=1))
@@ -195,11 +191,11 @@ def test_the_seed_decides_everything(clips):
 
 def test_sampling_leaves_no_trace(clips):
     trainer = Trainer(clips, batch_size=2)
-    trainer.update(*trainer.draw())
-    before, rng = state(trainer), trainer.rng.get_state()
+    trainer.train_epoch()
+    before, rng = state_of(trainer), trainer.rng.get_state()
     video = trainer.sample()
     assert video.shape == (16, 3, 16, 32, 32) and torch.equal(video, trainer.sample())
-    assert same(before, state(trainer)) and torch.equal(rng, trainer.rng.get_state())
+    assert same(before, state_of(trainer)) and torch.equal(rng, trainer.rng.get_state())
     assert all(net.training for net in trainer.networks.values())
     # evaluation mode: each video is what it is alone, with the running statistics
     trainer.generator.eval()
@@ -212,33 +208,34 @@ def test_goes_on_exactly_from_a_checkpoint(clips, tmp_path):
     settings = {"size": 32, "frames": 16, "lr": 2e-4, "batch_size": 2}
     whole = Trainer(clips, batch_size=2)
     for _ in range(4):
-        whole.update(*whole.draw())
+        whole.train_epoch()
     first = Trainer(clips, batch_size=2)
     for _ in range(2):
-        first.update(*first.draw())
+        first.train_epoch()
     first.save(tmp_path / "checkpoint.pt", settings)
     second = Trainer(clips, batch_size=2, seed=99)
     assert second.load(tmp_path / "checkpoint.pt", settings) == []
     assert second.epoch == 2
     for _ in range(2):
-        second.update(*second.draw())
-    assert same(state(whole), state(second))
+        second.train_epoch()
+    assert same(state_of(whole), state_of(second))
     assert torch.equal(whole.sample(), second.sample())
 
 
 def test_loading_says_what_is_different(clips, tmp_path):
     path = tmp_path / "checkpoint.pt"
     trainer = Trainer(clips, batch_size=2)
-    trainer.update(*trainer.draw())
+    trainer.train_epoch()
     old = {"size": 32, "frames": 16, "lr": 2e-4, "batch_size": 2}
     trainer.save(path, old)
+    trainer = Trainer(clips, batch_size=4, lr=1e-4)
     changed = trainer.load(path, old | {"lr": 1e-4, "batch_size": 4})
     assert changed == ["lr was 0.0002, is 0.0001 now", "batch_size was 2, is 4 now"]
     assert all(g["lr"] == 1e-4 for g in trainer.optimizer_d.param_groups)
     with pytest.raises(UserError, match="size was 32, is 64 now; frames was 16, is 32 now"):
         trainer.load(path, old | {"size": 64, "frames": 32})
     whole = path.read_bytes()
-    others = [{"format": 1}, {"format": 2, "settings": old}, torch.zeros(3)]
+    others = [{"format": 2}, {"format": 1, "settings": old}, torch.zeros(3)]
     for content in (whole[:100_000], b"", b"hello", *others):
         torch.save(content, path) if not isinstance(content, bytes) else path.write_bytes(content)
         with pytest.raises(UserError, match="not a checkpoint"):
@@ -250,9 +247,215 @@ def test_bfloat16_stays_beside_float32(clips, device):
     losses = {}
     for precision in ("fp32", "bf16"):
         trainer = Trainer(clips, batch_size=4, device=device, precision=precision)
-        losses[precision] = trainer.update(*trainer.draw()).cpu()
+        losses[precision] = trainer.train_epoch().cpu()
         assert losses[precision].dtype == torch.float32
         assert all(weight.dtype == torch.float32 for weight in trainer.generator.parameters())
     # of the first step's losses, before the two part ways; bf16 keeps 8 bits
     torch.testing.assert_close(losses["bf16"], losses["fp32"], rtol=0.05, atol=0.02)
     assert not torch.equal(losses["bf16"], losses["fp32"])
+
+
+def test_no_reading_ahead_is_lost_or_repeated(clips, tmp_path):
+    """A checkpoint goes on with the batch after the last one used, whatever a thread read since."""
+    whole, first, second = (Trainer(clips, batch_size=2, seed=5) for _ in range(3))
+    batches = [whole.next_pixels() for _ in range(4)]
+    assert not torch.equal(batches[0], batches[1])
+    for batch in batches[:2]:
+        assert torch.equal(first.next_pixels(), batch)
+    first.save(tmp_path / "checkpoint.pt", {"size": 32, "frames": 16})
+    second.load(tmp_path / "checkpoint.pt", {"size": 32, "frames": 16})
+    for batch in batches[2:]:
+        assert torch.equal(second.next_pixels(), batch)
+
+
+def test_the_state_of_another_device_is_left(clips, tmp_path):
+    """A checkpoint of a CUDA run: its random states, and Adam's options, mean nothing here."""
+    path, settings = tmp_path / "checkpoint.pt", {"size": 32, "frames": 16}
+    trainer = Trainer(clips, batch_size=2)
+    trainer.train_epoch()
+    trainer.save(path, settings)
+    checkpoint = torch.load(path, weights_only=True)
+    state = torch.zeros(16, dtype=torch.uint8)  # as CUDA's generator has it
+    checkpoint["rng"] = {"device": "cuda", "draws": state, "clips": None}
+    for optimizer in ("optimizer_d", "optimizer_g"):
+        checkpoint[optimizer]["param_groups"][0]["capturable"] = True
+    torch.save(checkpoint, path)
+    runs = [Trainer(clips, batch_size=2, seed=0) for _ in range(2)]
+    for run in runs:
+        run.load(path, settings)
+        assert run.epoch == 1 and not run.optimizer_d.param_groups[0]["capturable"]
+        run.train_epoch()
+    assert same(state_of(runs[0]), state_of(runs[1]))
+
+
+def test_a_resident_data_set_trains_the_same(clips, tmp_path):
+    """On a GPU the clips lie in its memory: one gather gives what reading the maps gives."""
+    places = clips.draw(8, torch.Generator().manual_seed(0))
+    read = clips.read(*places)
+    resident = ClipDataset(clips.folder)
+    resident.to("cpu")
+    resident.open = None  # no more reading
+    assert torch.equal(resident.read(*places), read)
+    assert resident.pixels.numel() == resident.bytes
+
+
+# ---------------------------------------------------------------- what CUDA asks for, without CUDA
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make the host wait for a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "local_scalar_dense" in str(function) or "nonzero" in str(function)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_update_never_waits_for_the_device(clips, precision):
+    trainer = Trainer(clips, batch_size=2, precision=precision)
+    batch = trainer.draw()
+    trainer.update(*batch)
+    with Waits() as waits:
+        trainer.update(*batch)
+    assert waits.count == 0
+    with Waits() as waits:
+        trainer.draw()
+    assert waits.count > 0  # on the CPU it may: it does see one
+
+
+def test_drawing_on_cuda_neither_waits_nor_copies(clips):
+    """With fake CUDA tensors: to mix devices, or to fetch a value, raises."""
+    trainer = Trainer(clips, batch_size=2)
+    cuda = torch.device("cuda:0")
+
+    def strip(function):
+        return lambda *args, generator=None, **options: function(*args, **options)
+
+    with FakeTensorMode(), contextlib.ExitStack() as stack:
+        for module in trainer.generator.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                fake = nn.Parameter(torch.empty(weight.shape, device=cuda))
+                module._parameters[name] = fake
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=cuda)
+        # the GRU itself asks for a driver
+        stack.enter_context(
+            mock.patch.object(
+                trainer.generator.motion_rnn, "forward", lambda e, h0: e + h0[:, None]
+            )
+        )
+        for name in ("rand", "randn", "randint"):
+            stack.enter_context(mock.patch.object(torch, name, strip(getattr(torch, name))))
+        trainer.ahead, trainer.rng = None, mock.Mock(device=cuda)
+        n = len(clips)
+        clips.pixels = torch.empty(clips.bytes // 3072, 32, 32, 3, dtype=torch.uint8, device=cuda)
+        clips.first = torch.empty(n, dtype=torch.long, device=cuda)
+        clips.lengths_on = lambda device: torch.empty(n, dtype=torch.long, device=device)
+        with pytest.raises(DataDependentOutputException):
+            trainer.draw()  # it looks how long the paths need to be, as on a CPU it should
+        trainer.device = cuda
+        pixels, noise, looked_at = trainer.draw()
+        windows, frames = trainer.generate(noise, looked_at)
+        assert pixels.device == noise[1].device == windows.device == frames.device == cuda
+        assert noise[1].shape[1] == trainer.longest
+        assert windows.shape == (2, 3, 16, 32, 32)
+        with pytest.raises(RuntimeError):
+            trainer.generate(noise, looked_at.to("cpu"))
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_what_is_recorded_is_replayed(clips, monkeypatch, resident):
+    """The order of things around a CUDA graph, with a stand-in for the graph itself."""
+    trainer = Trainer(clips, batch_size=2)
+    expected = Trainer(clips, batch_size=2)
+    trainer.use_graph = True
+    seen, recording = [], []
+
+    class Graph:
+        def register_generator_state(self, rng):
+            assert rng is trainer.rng
+
+        def replay(self):
+            update(trainer.recorded_pixels)
+
+    def update(pixels, *_):
+        if not recording:
+            seen.append(pixels.clone())
+            losses.fill_(len(seen))
+        return losses
+
+    @contextlib.contextmanager
+    def record(graph):
+        recording.append(graph)
+        yield
+        recording.clear()
+
+    losses = torch.zeros(4)
+    monkeypatch.setattr(trainer, "update", update)
+    monkeypatch.setattr(trainer, "_on_side_stream", lambda: update(*trainer.draw()).clone())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    if resident:
+        clips.to("cpu")
+        trainer.ahead = None
+        monkeypatch.setattr(Graph, "replay", lambda self: update(torch.zeros(1)))
+    returned = [trainer.train_epoch() for _ in range(8)]
+    assert trainer.epoch == 8 and len(seen) == 8
+    assert [int(x[0]) for x in returned] == list(range(1, 9))  # each epoch's own, none overwritten
+    if resident:
+        assert trainer.recorded_pixels is None
+    else:
+        assert all(torch.equal(pixels, expected.next_pixels()) for pixels in seen)
+
+
+@needs_cuda
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_graph_trains_as_the_kernels_do(clips_folder, resident, monkeypatch):
+    """The same draws, and losses as near as kernels of changing order of addition leave them."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    runs = {}
+    for graph in (False, True):
+        clips = ClipDataset(clips_folder)
+        if not resident:
+            clips.bytes = 2**60
+        trainer = Trainer(clips, batch_size=4, device="cuda", graph=graph)
+        assert (trainer.ahead is None) == resident
+        runs[graph] = torch.stack([trainer.train_epoch() for _ in range(8)]).cpu()
+        assert (trainer.graph is not None) == graph
+        assert torch.isfinite(runs[graph]).all() and trainer.epoch == 8
+    torch.testing.assert_close(runs[True][:5], runs[False][:5], rtol=2e-2, atol=2e-2)
+    assert len(runs[True].unique(dim=0)) == 8  # each replay draws anew
+
+
+# ---------------------------------------------------------------- the loop
+
+
+class Quick:
+    """A trainer whose epochs take no time; its losses are the number of the epoch."""
+
+    epoch = 0
+
+    def train_epoch(self):
+        self.epoch += 1
+        return torch.full((4,), float(self.epoch))
+
+    def sample(self):
+        return torch.zeros(16, 3, 16, 32, 32)
+
+
+def test_losses_are_fetched_seldom_and_all(tmp_path):
+    log, saved, trainer = mock.Mock(), [], Quick()
+    train(trainer, 5000, log, lambda: saved.append(trainer.epoch), tmp_path, 1500, 2000)
+    calls = [call.args for call in log.add.call_args_list]
+    assert len(calls) < 200  # not one an epoch
+    rows = torch.cat([losses for _, losses, _ in calls])
+    assert rows[:, 0].tolist() == list(range(1, 5001))
+    assert all(losses[-1, 0] == epoch for epoch, losses, _ in calls)
+    assert saved == [2000, 4000, 5000]
+    assert {epoch for epoch, _, _ in calls} >= {1500, 2000, 3000, 4000, 4500, 5000}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"epoch-{epoch:06d}.gif" for epoch in (0, 1500, 3000, 4500, 5000)
+    ]
