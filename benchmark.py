@@ -14,6 +14,7 @@ import copy
 import json
 import multiprocessing
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -42,15 +43,15 @@ LENGTHS = [28 + round(118 * (i / 92) ** 2) for i in range(93)]
 
 
 class ByTheBook:
-    """The four networks of `trainer`, from its weights on, trained by the book.
+    """The four networks of `trainer`, from its weights on, trained by the book on `device`.
 
     Shares no code with the trainer but the networks.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer, device="cpu"):
         self.clips, self.batch_size = trainer.clips, trainer.batch_size
-        self.device = trainer.device
-        self.networks = {name: contiguous(net) for name, net in trainer.networks.items()}
+        self.device = device
+        self.networks = {n: contiguous(net).to(device) for n, net in trainer.networks.items()}
         self.adams = {
             name: torch.optim.Adam(
                 net.parameters(), lr=0.0002, betas=(0.5, 0.999), foreach=False, fused=False
@@ -165,6 +166,8 @@ def epoch_flops(batch_size, size=96, frames=16, by_the_book=False):
 def matmul_rate(device, dtype):
     """Floating-point operations a second of a large matrix product, the median of five."""
     n = 8192 if device.type == "cuda" else 4096
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it by default
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(6):
@@ -199,16 +202,30 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def contestant(pipe, name, folder, batch_size, device, precision):
+def contestant(pipe, name, batch_size, args):
     """What each of the two processes does: one epoch or figure after another, as asked for."""
-    device = torch.device(device)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the one that started it, and it this
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.manual_seed(0)
     if name == "project":
         set_up_machine(device)
-    torch.manual_seed(0)
-    trainer = Trainer(ClipDataset(folder), batch_size, device=device, precision=precision)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if name == "by the book":
-        trainer, dtype = ByTheBook(trainer), torch.float32
+        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+        trainer = Trainer(
+            ClipDataset(args.data),
+            batch_size,
+            device=device,
+            precision=args.precision,
+            graph=not args.no_graph,
+        )
+        if args.compile:
+            trainer.generator.render = torch.compile(trainer.generator.render)
+            for D in (trainer.image_discriminator, trainer.video_discriminator):
+                D.logits = torch.compile(D.logits)
+    else:
+        dtype = torch.float32
+        trainer = ByTheBook(Trainer(ClipDataset(args.data), batch_size), device)
     for _ in range(5 if device.type == "cuda" else 2):  # what is compiled, chosen, recorded
         trainer.train_epoch()
     seconds = []
@@ -233,35 +250,43 @@ def contestant(pipe, name, folder, batch_size, device, precision):
     )
 
 
-def compare(folder, frames, size, batch_size, epochs, device, precision):
+def answer(pipe, name, batch_size):
+    """What the process of `name` sends next."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise UserError(
+            f"the process that trained {name} at batch {batch_size} ended; is there enough memory?"
+        ) from None
+
+
+def compare(clips, batch_size, args):
     """Time both epochs, in turn, in a process each. Returns their figures, by name."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     for name in NAMES:
         pipes[name], other = context.Pipe()
         process = context.Process(
-            target=contestant,
-            args=(other, name, folder, batch_size, str(device), precision),
-            daemon=True,
+            target=contestant, args=(other, name, batch_size, args), daemon=True
         )
         process.start()
         other.close()
         processes.append(process)
-        pipes[name].recv()
-    turns = min(epochs, 10)
+        answer(pipes[name], name, batch_size)
+    turns = min(args.epochs, 10)
     for turn in range(turns):
         for name in NAMES if turn % 2 else reversed(NAMES):
-            pipes[name].send(epochs // turns)
-            pipes[name].recv()
+            pipes[name].send(args.epochs // turns)
+            answer(pipes[name], name, batch_size)
     results = {}
     for name in NAMES:
         pipes[name].send(None)
-        result = pipes[name].recv()
+        result = answer(pipes[name], name, batch_size)
         median = statistics.median(result["seconds"])
-        flops = epoch_flops(batch_size, size, frames, by_the_book=name == "by the book")
+        flops = epoch_flops(batch_size, clips.size, clips.frames, name == "by the book")
         results[name] = result | {
             "median": median,
-            "frames_a_second": batch_size * (frames + 1) / median,
+            "frames_a_second": batch_size * (clips.frames + 1) / median,
             "flops": flops,
             "rate": flops / median,
             "share_of_matmul": flops / median / result["matmul_rate"],
@@ -342,31 +367,29 @@ def run(args):
     device = pick_device(args.device)
     if args.json and not args.json.parent.is_dir():  # before the measuring, not after
         raise UserError(f"--json {args.json.parent}: no such folder")
-    precision = pick_precision(args.precision, device)
-    epochs = args.epochs or (200 if device.type == "cuda" else 10)
+    args.device, args.precision = str(device), pick_precision(args.precision, device)
+    args.epochs = args.epochs or (200 if device.type == "cuda" else 10)
     head = {
         "machine": machine(device),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
-        "epochs": epochs,
+        "epochs": args.epochs,
     }
     with tempfile.TemporaryDirectory() as made_up:
+        kind = f"of {args.data}" if args.data else "(noise)"
         if args.data is None:
             make_up_clips(made_up)
-        folder = args.data or made_up
-        clips = ClipDataset(folder)
+            args.data = Path(made_up)
+        clips = ClipDataset(args.data)
         print(
             f"{head['machine']}, torch {head['torch']}, {head['date']}\n"
-            f"{epochs} epochs each, in turn\n"
-            f"{len(clips)} clips {f'of {folder}' if args.data else '(noise)'}, "
-            f"{clips.size}×{clips.size}, T = {clips.frames}"
+            f"{args.epochs} epochs each, in turn\n"
+            f"{len(clips)} clips {kind}, {clips.size}×{clips.size}, T = {clips.frames}"
         )
         rows = {}
         for batch_size in args.batch_size:
-            rows[batch_size] = compare(
-                folder, clips.frames, clips.size, batch_size, epochs, device, precision
-            )
+            rows[batch_size] = compare(clips, batch_size, args)
             show(batch_size, rows[batch_size])
     if len(rows) > 1:
         print("\nbatch      project  by the book    ratio    ms a video")
@@ -393,6 +416,8 @@ def main(argv=None):
     )
     add("--batch-size", type=number(int, 1), nargs="+", default=[16], help="one or several")
     add("--epochs", type=number(int, 1), help="to time of each: 10, on a GPU 200")
+    add("--no-graph", action="store_true", help="on CUDA, kernel by kernel")
+    add("--compile", action="store_true", help="torch.compile the project's networks")
     add("--data", type=Path, help="folder of clips; without it they are made up, of noise")
     add("--json", type=Path, help="write the figures to this file, too")
     args = parser.parse_args(argv)

@@ -80,6 +80,8 @@ class ClipDataset:
 
     def to(self, device):
         """Put every frame into the memory of `device`, as bytes: `read` then works there."""
+        if self.pixels is not None and self.pixels.device == torch.empty(0, device=device).device:
+            return  # a recorded CUDA graph knows where they are
         shape = int(self.lengths.sum()), self.size, self.size, 3
         pixels = torch.empty(shape, dtype=torch.uint8, device=device)
         for path, first, length in zip(self.paths, self.first.tolist(), self.lengths.tolist()):

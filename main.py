@@ -48,6 +48,7 @@ def parse(argv=None):
         default="auto",
         help="of the convolutions; auto: bf16 where the hardware has it, else fp32",
     )
+    add("--no-graph", action="store_true", help="on CUDA, train kernel by kernel, for debugging")
     add("--data", type=Path, default="resized_data", help="folder of clips, from resize.py")
     add("--models", type=Path, default="trained_models", help="folder for checkpoint and losses")
     add("--videos", type=Path, default="generated_videos", help="folder for the sample GIFs")
@@ -102,7 +103,9 @@ def run(args):
     for line in clips.skipped:
         print(f"left out: {line}")
     set_up_machine(device)
-    trainer = Trainer(clips, args.batch_size, args.lr, args.seed, device, precision)
+    trainer = Trainer(
+        clips, args.batch_size, args.lr, args.seed, device, precision, graph=not args.no_graph
+    )
     args.models.mkdir(parents=True, exist_ok=True)
     args.videos.mkdir(parents=True, exist_ok=True)
     settings = {

@@ -10,8 +10,10 @@ It is the discriminators' loss: D_I and D_V make it small, G_I and R_M large, in
 form, where they make -log D(w) small; and 0.9 in place of 1 as the label of what is to look real.
 """
 
+import contextlib
 import math
 import time
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,18 @@ def bce(logits, label):
     """Binary cross-entropy of log-odds (any shape) against one label, at least in float32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
+
+
+@contextlib.contextmanager
+def fixed(weights):
+    """Constants, as far as gradients are concerned, for what is computed meanwhile."""
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 class Trainer:
@@ -90,6 +104,7 @@ class Trainer:
         self.rng = torch.Generator(self.device).manual_seed(seed) if cuda else rng
         self.use_graph = graph and cuda
         self.graph, self.epochs_before_graph = None, WARM_UP
+        self.side_stream = torch.cuda.Stream(self.device) if self.use_graph else None
 
     @property
     def networks(self):
@@ -106,7 +121,7 @@ class Trainer:
         """The next batch of real clips, on the device, as from `ClipDataset.read`."""
         if self.ahead is None:
             return self.clips.read(*self.clips.draw(self.batch_size, self.rng))
-        return self.ahead.next().to(self.device, non_blocking=True)
+        return self.ahead.next().to(self.device, non_blocking=self.device.type == "cuda")
 
     def draw(self, pixels=None):
         """Draw all that is random in one epoch: what `update` takes, on the device.
@@ -118,12 +133,12 @@ class Trainer:
         # A generated video has a real clip's length K, and S_T and S_1 look at it as at that clip.
         _, start, frame = self.clips.draw(self.batch_size, self.rng)
         window = start[:, None] + torch.arange(self.clips.frames, device=start.device)
-        looked_at = torch.cat([window, frame[:, None]], dim=1).to(self.device)
+        looked_at = torch.cat([window, frame[:, None]], dim=1)
         # R_M looks back only, so a path may end with the last frame that is looked at. To know
         # which that is, the host would have to wait for a GPU: there paths have the longest length.
         length = self.longest if self.device.type == "cuda" else int(looked_at.max()) + 1
         noise = self.generator.draw_noise(self.batch_size, length, self.rng)
-        return pixels, noise, looked_at
+        return pixels, noise, looked_at.to(self.device)
 
     def generate(self, noise, looked_at):
         """Generate videos, only the frames that the discriminators look at.
@@ -144,6 +159,8 @@ class Trainer:
         Takes what `draw` returns. Returns the losses D_I, D_V, G_I, G_V: (4,), on the device.
         """
         D_I, D_V = self.image_discriminator.logits, self.video_discriminator.logits
+        self.optimizer_d.zero_grad()
+        self.optimizer_g.zero_grad()
 
         real_window, real_frame = look(pixels, self.batch_size)
         with self.autocast:
@@ -156,18 +173,13 @@ class Trainer:
             fake_D_V = bce(D_V(fake_window.detach()), FAKE)
         (fake_D_I + fake_D_V).backward()
         self.optimizer_d.step()
-        self.optimizer_d.zero_grad()
+        self.optimizer_d.zero_grad()  # not needed any more: memory for what comes
 
         # The generators' gradient passes through the discriminators, theirs need not be computed.
-        for weight in self.discriminator_weights:
-            weight.requires_grad_(False)
-        with self.autocast:
+        with fixed(self.discriminator_weights), self.autocast:
             G_I, G_V = bce(D_I(fake_frame), REAL), bce(D_V(fake_window), REAL)
         (G_I + G_V).backward()
         self.optimizer_g.step()
-        self.optimizer_g.zero_grad()
-        for weight in self.discriminator_weights:
-            weight.requires_grad_(True)
 
         return torch.stack([real_D_I + fake_D_I, real_D_V + fake_D_V, G_I, G_V]).detach()
 
@@ -184,11 +196,10 @@ class Trainer:
             self.epochs_before_graph -= 1
             losses = self._on_side_stream()
         else:
-            pixels = None if self.ahead is None else self.next_pixels()
             if self.graph is None:
-                self._record(pixels)
-            elif pixels is not None:
-                self.recorded_pixels.copy_(pixels)
+                self._record(None if self.ahead is None else self.next_pixels())
+            elif self.ahead is not None:
+                self.recorded_pixels.copy_(self.ahead.next(), non_blocking=True)
             self.graph.replay()
             losses = self.recorded_losses.clone()
         self.epoch += 1
@@ -196,11 +207,11 @@ class Trainer:
 
     def _on_side_stream(self):
         """An epoch as recording needs it before: the optimisers' state made, kernels chosen."""
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        main_stream = torch.cuda.current_stream(self.device)
+        self.side_stream.wait_stream(main_stream)
+        with torch.cuda.stream(self.side_stream):
             losses = self.update(*self.draw())
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        main_stream.wait_stream(self.side_stream)
         return losses
 
     def _record(self, pixels):
@@ -208,12 +219,29 @@ class Trainer:
 
         pixels: None where the clips are on the device and the gather is part of the epoch; else a
         batch, whose memory each later one is copied into.
+        Raises UserError where the update cannot be recorded.
         """
-        self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(self.rng)
-        self.recorded_pixels = pixels
-        with torch.cuda.device(self.device), torch.cuda.graph(self.graph):
-            self.recorded_losses = self.update(*self.draw(pixels))
+        graph = torch.cuda.CUDAGraph()
+        # "thread_local": the thread that reads ahead may ask for pinned memory meanwhile.
+        recording = torch.cuda.graph(
+            graph, stream=self.side_stream, capture_error_mode="thread_local"
+        )
+        with torch.cuda.device(self.device):
+            # PyTorch registers the generators that are used by itself by now, but not yet in 2.6.
+            if register := getattr(graph, "register_generator_state", None):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    register(self.rng)
+            try:
+                with recording:
+                    losses = self.update(*self.draw(pixels))
+            except RuntimeError as error:  # a changed update that waits for the GPU: print(loss)
+                reason = str(error).partition("\n")[0]
+                raise UserError(
+                    f"an epoch cannot be recorded as a CUDA graph ({reason}); "
+                    "--no-graph trains kernel by kernel"
+                ) from error
+        self.graph, self.recorded_pixels, self.recorded_losses = graph, pixels, losses
 
     @torch.no_grad()
     def sample(self):
@@ -268,14 +296,15 @@ class Trainer:
         """
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            ours = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
-            ours = ours and "settings" in checkpoint
+            ours = isinstance(checkpoint, dict) and "settings" in checkpoint
         except OSError:
             raise
         except Exception:  # torch.load raises a dozen kinds for what is no checkpoint
             ours = False
         if not ours:
             raise UserError(f"{path}: not a checkpoint of this program, or a damaged one")
+        if checkpoint.get("format") != FORMAT:
+            raise UserError(f"{path}: a checkpoint of another version of this program")
         old = checkpoint["settings"]
         changed = [
             f"{name} was {old[name]}, is {value} now"
@@ -293,6 +322,9 @@ class Trainer:
             # The moments are the checkpoint's, the options (fused, lr) those of now.
             now = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state["state"], "param_groups": now})
+            for weight, moments in optimizer.state.items():  # in the layout the weights have here
+                for name in ("exp_avg", "exp_avg_sq"):
+                    moments[name] = torch.empty_like(weight).copy_(moments[name])
         self.graph, self.epochs_before_graph = None, WARM_UP
         self.sample_noise = tuple(n.to(self.device) for n in checkpoint["sample_noise"])
         self.epoch = checkpoint["epoch"]

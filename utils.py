@@ -83,7 +83,7 @@ def set_up_machine(device):
         # glibc returns large blocks to the system when they are freed, and each epoch takes them
         # anew, page by page, which costs 10 to 20 % of its time. Let it keep them.
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # not in other C libraries
-        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)  # the old glibc's most
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 
 import numpy as np
@@ -126,3 +127,12 @@ def test_bad_flags_get_one_line(capsys, args, message):
     error = capsys.readouterr().err
     assert exit_.value.code == 2
     assert error.startswith("benchmark.py: error: ") and error.count("\n") == 1 and message in error
+
+
+def test_a_process_that_dies_is_said_in_one_line(clips_folder, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "contestant", os.abort)  # it takes no arguments: it ends at once
+    with pytest.raises(SystemExit) as exit_:
+        benchmark.main(["--device=cpu", f"--data={clips_folder}"])
+    assert exit_.value.code == 2
+    said = "benchmark.py: error: the process that trained project at batch 16 ended"
+    assert capsys.readouterr().err.startswith(said)

@@ -69,7 +69,7 @@ def test_update_is_the_one_in_the_book(clips, device, dtype, monkeypatch):
             # rounding: in float32 two ways to compute the same thing part there.
             trainer.update(pixels, noise, looked_at)
             continue
-        book = ByTheBook(trainer)
+        book = ByTheBook(trainer, device)
         if epoch:
             share_moments(trainer, book.adams)
         real = (pixels.float() / 127.5 - 1).to(dtype)
@@ -124,6 +124,29 @@ def test_discriminators_learn_in_their_own_step_only(clips):
     assert seen["no d grads"]
     for weight, was in zip(trainer.discriminator_weights, seen["weights"]):
         assert torch.equal(weight, was) and weight.requires_grad
+    before = seen["weights"]
+    trainer.train_epoch()
+    for weight, was in zip(trainer.discriminator_weights, before):
+        assert not torch.equal(weight, was)  # in the next epoch they learn again
+
+
+@pytest.mark.parametrize("where", ["discriminators", "generators"])
+def test_an_interrupted_epoch_leaves_nothing_behind(clips, where):
+    """As when the stop button of a notebook is pressed, and training then goes on."""
+    trainer, expected = Trainer(clips, batch_size=2), Trainer(clips, batch_size=2)
+    batch = trainer.draw()
+    optimizer = trainer.optimizer_d if where == "discriminators" else trainer.optimizer_g
+    with (
+        mock.patch.object(optimizer, "step", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        trainer.update(*batch)
+    for name, network in expected.networks.items():
+        network.load_state_dict(trainer.networks[name].state_dict())
+    if where == "generators":
+        expected.optimizer_d.load_state_dict(copy.deepcopy(trainer.optimizer_d.state_dict()))
+    torch.testing.assert_close(trainer.update(*batch), expected.update(*batch))
+    assert same(state_of(trainer), state_of(expected))
 
 
 def test_generated_videos_have_real_lengths(tmp_path):
@@ -235,11 +258,14 @@ def test_loading_says_what_is_different(clips, tmp_path):
     with pytest.raises(UserError, match="size was 32, is 64 now; frames was 16, is 32 now"):
         trainer.load(path, old | {"size": 64, "frames": 32})
     whole = path.read_bytes()
-    others = [{"format": 2}, {"format": 1, "settings": old}, torch.zeros(3)]
+    others = [{"format": 2}, torch.zeros(3)]
     for content in (whole[:100_000], b"", b"hello", *others):
         torch.save(content, path) if not isinstance(content, bytes) else path.write_bytes(content)
         with pytest.raises(UserError, match="not a checkpoint"):
             trainer.load(path, old)
+    torch.save({"format": 1, "settings": old}, path)
+    with pytest.raises(UserError, match="of another version of this program"):
+        trainer.load(path, old)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -279,11 +305,16 @@ def test_the_state_of_another_device_is_left(clips, tmp_path):
     checkpoint["rng"] = {"device": "cuda", "draws": state, "clips": None}
     for optimizer in ("optimizer_d", "optimizer_g"):
         checkpoint[optimizer]["param_groups"][0]["capturable"] = True
+        for moments in checkpoint[optimizer]["state"].values():
+            for name in ("exp_avg", "exp_avg_sq"):  # as on Apple's GPU: in the default layout
+                moments[name] = moments[name].contiguous()
     torch.save(checkpoint, path)
     runs = [Trainer(clips, batch_size=2, seed=0) for _ in range(2)]
     for run in runs:
         run.load(path, settings)
         assert run.epoch == 1 and not run.optimizer_d.param_groups[0]["capturable"]
+        for weight, moments in run.optimizer_d.state.items():
+            assert weight.stride() == moments["exp_avg"].stride()
         run.train_epoch()
     assert same(state_of(runs[0]), state_of(runs[1]))
 
@@ -297,6 +328,9 @@ def test_a_resident_data_set_trains_the_same(clips, tmp_path):
     resident.open = None  # no more reading
     assert torch.equal(resident.read(*places), read)
     assert resident.pixels.numel() == resident.bytes
+    pixels = resident.pixels
+    resident.to("cpu")
+    assert resident.pixels is pixels  # a second trainer on it moves nothing
 
 
 # ---------------------------------------------------------------- what CUDA asks for, without CUDA
@@ -369,7 +403,6 @@ def test_drawing_on_cuda_neither_waits_nor_copies(clips):
 def test_what_is_recorded_is_replayed(clips, monkeypatch, resident):
     """The order of things around a CUDA graph, with a stand-in for the graph itself."""
     trainer = Trainer(clips, batch_size=2)
-    expected = Trainer(clips, batch_size=2)
     trainer.use_graph = True
     seen, recording = [], []
 
@@ -387,12 +420,13 @@ def test_what_is_recorded_is_replayed(clips, monkeypatch, resident):
         return losses
 
     @contextlib.contextmanager
-    def record(graph):
+    def record(graph, stream, capture_error_mode):
         recording.append(graph)
         yield
         recording.clear()
 
     losses = torch.zeros(4)
+    expected = Trainer(clips, batch_size=2)
     monkeypatch.setattr(trainer, "update", update)
     monkeypatch.setattr(trainer, "_on_side_stream", lambda: update(*trainer.draw()).clone())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
@@ -409,6 +443,12 @@ def test_what_is_recorded_is_replayed(clips, monkeypatch, resident):
         assert trainer.recorded_pixels is None
     else:
         assert all(torch.equal(pixels, expected.next_pixels()) for pixels in seen)
+    # an update that cannot be recorded is said, and not replayed
+    trainer.graph = None
+    monkeypatch.setattr(trainer, "update", mock.Mock(side_effect=RuntimeError("it waits\nhere")))
+    with pytest.raises(UserError, match=r"as a CUDA graph \(it waits\); --no-graph"):
+        trainer.train_epoch()
+    assert trainer.graph is None
 
 
 @needs_cuda

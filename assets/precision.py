@@ -1,0 +1,39 @@
+"""Draw assets/precision.png: the losses of runs in bf16 and in fp32, beside each other.
+
+python main.py --batch-size 8 --epochs 300 --precision bf16 --seed 0 --models bf16-0 --videos bf16-0
+python main.py --batch-size 8 --epochs 300 --precision fp32 --seed 0 --models fp32-0 --videos fp32-0
+and the same with 1 in place of 0; then
+python assets/precision.py bf16-0 fp32-0 bf16-1 fp32-1
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+WIDTH = 15  # epochs of the running mean
+
+figure = Figure(figsize=(10, 6), layout="constrained")
+for axes, name in zip(figure.subplots(2, 2).flat, ("D_I", "D_V", "G_I", "G_V")):
+    for folder in sys.argv[1:]:
+        precision, seed = Path(folder).name.split("-")[-2:]
+        with open(Path(folder) / "losses.csv", newline="") as file:
+            losses = np.array([float(row[name]) for row in csv.DictReader(file)])
+        assert np.isfinite(losses).all(), f"{folder} {name}"
+        mean = np.convolve(losses, np.ones(WIDTH) / WIDTH, mode="valid")
+        colour = {"bf16": "tab:orange", "fp32": "tab:blue"}[precision]
+        label = f"{precision}, seed {seed}"
+        axes.plot(
+            range(WIDTH, len(losses) + 1),
+            mean,
+            color=colour,
+            label=label,
+            linestyle=("-", ":")[int(seed) % 2],
+        )
+    axes.set(title=name, xlabel="epoch", ylabel="binary cross-entropy")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+figure.savefig(Path(__file__).with_suffix(".png"), dpi=100)
