@@ -28,13 +28,21 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import ClipDataset
-from main import pick_device, pick_precision
+from main import CHECKPOINT_EVERY, EPOCHS, SAMPLE_EVERY, pick_device, pick_precision
 from models import DIM_CONTENT, DIM_MOTION, DIM_NOISE
-from trainer import FAKE, REAL, Trainer
-from utils import Parser, UserError, number, one_line_errors, set_up_machine, whole_file
+from trainer import FAKE, PLOT_EVERY, REAL, SHOW_EVERY, Trainer, show_samples
+from utils import (
+    LOSSES,
+    LossLog,
+    Parser,
+    UserError,
+    number,
+    one_line_errors,
+    set_up_machine,
+    whole_file,
+)
 
 NAMES = "project", "by the book"
-EPOCHS = 40_000  # of the published run
 # Frames of the 93 Weizmann clips: the clips that are made up where --data is not given.
 LENGTHS = [28 + round(118 * (i / 92) ** 2) for i in range(93)]
 
@@ -202,6 +210,26 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def cost_of_showing(trainer):
+    """Seconds that a run spends beside training, on the disk that holds temporary files."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder, seconds = Path(folder), []
+        log = LossLog(folder)
+        losses = torch.rand(EPOCHS, len(LOSSES))
+        for _ in range(2):  # the first time opens files and loads libraries
+            with stopwatch(trainer.device, seconds):
+                show_samples(trainer, log, folder)
+            with stopwatch(trainer.device, seconds):
+                trainer.save(folder / "checkpoint.pt", {})
+            with stopwatch(trainer.device, seconds):
+                log.add(1, losses[:1], 1)
+            log.add(EPOCHS, losses[: EPOCHS - len(log.rows)], 1)
+            with stopwatch(trainer.device, seconds):
+                log.plot()
+        log.close()
+    return dict(zip(("sample", "checkpoint", "log line", "plot"), seconds[4:]))
+
+
 def contestant(pipe, name, batch_size, args):
     """What each of the two processes does: one epoch or figure after another, as asked for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the one that started it, and it this
@@ -246,6 +274,7 @@ def contestant(pipe, name, batch_size, args):
             "peak_memory": peak,
             "counted_flops": counter.get_total_flops(),
             "matmul_rate": matmul_rate(device, dtype),
+            "showing": cost_of_showing(trainer) if name == "project" else {},
         }
     )
 
@@ -326,6 +355,11 @@ def duration(seconds):
     return f"{seconds:.1f} s"
 
 
+def ms(seconds):
+    """Milliseconds, with three digits or more."""
+    return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
+
+
 def show(batch_size, results):
     """Print the figures of one batch size."""
 
@@ -340,13 +374,13 @@ def show(batch_size, results):
         )
 
     def spread(result):
-        return f"{min(result['seconds']) * 1e3:.4g} .. {max(result['seconds']) * 1e3:.4g}"
+        return f"{ms(min(result['seconds']))} .. {ms(max(result['seconds']))}"
 
     print(
         f"\nbatch {batch_size:<28}"
         + "".join(f"{n} ({r['precision']})".rjust(22) for n, r in results.items())
     )
-    line("ms an epoch, median", lambda r: f"{r['median'] * 1e3:.4g}")
+    line("ms an epoch, median", lambda r: ms(r["median"]))
     line("  fastest .. slowest turn", spread)
     line("real frames a second", lambda r: f"{r['frames_a_second']:.4g}")
     line("peak memory", memory)
@@ -357,6 +391,15 @@ def show(batch_size, results):
     line("  the epoch's share of it", lambda r: f"{r['share_of_matmul']:.0%}")
     line(f"{EPOCHS:,} epochs", lambda r: duration(r["all_epochs"]))
     project, book = results.values()
+    epoch = project["median"]
+    every = {
+        "sample": SAMPLE_EVERY * epoch,
+        "checkpoint": CHECKPOINT_EVERY * epoch,
+        "log line": max(epoch, SHOW_EVERY),
+        "plot": PLOT_EVERY,
+    }
+    shares = (f"{what} {s / every[what]:.2%}" for what, s in project["showing"].items())
+    print(f"beside training, of the project's run: {', '.join(shares)}")
     print(f"the project's epoch is {book['median'] / project['median']:.2f} times as fast", end="")
     if project["peak_memory"] is not None:
         print(f", in {(book['peak_memory'] - project['peak_memory']) / 1e9:.2f} GB less", end="")
@@ -392,12 +435,12 @@ def run(args):
             rows[batch_size] = compare(clips, batch_size, args)
             show(batch_size, rows[batch_size])
     if len(rows) > 1:
-        print("\nbatch      project  by the book    ratio    ms a video")
+        print("\nbatch  project, ms  by the book, ms  ratio  project, ms a video")
         for batch_size, results in rows.items():
-            project, book = (r["median"] * 1e3 for r in results.values())
+            project, book = (r["median"] for r in results.values())
             print(
-                f"{batch_size:5} {project:9.4g} ms {book:9.4g} ms {book / project:8.2f} "
-                f"{project / batch_size:13.4g}"
+                f"{batch_size:5} {ms(project):>12} {ms(book):>16} {book / project:6.2f} "
+                f"{ms(project / batch_size):>20}"
             )
     if args.json:
         with whole_file(args.json) as file:

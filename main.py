@@ -26,12 +26,14 @@ from utils import (
     video_grid,
 )
 
+EPOCHS, SAMPLE_EVERY, CHECKPOINT_EVERY = 40_000, 1000, 5000  # the defaults
+
 
 def parse(argv=None):
     parser = Parser(prog="main.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--batch-size", type=number(int, 1), default=16, help="set batch_size")
-    add("--epochs", type=number(int, 1), default=40000, help="set num of iterations")
+    add("--epochs", type=number(int, 1), default=EPOCHS, help="set num of iterations")
     add(
         "--pre-train",
         type=number(int, -1, 1),
@@ -52,8 +54,14 @@ def parse(argv=None):
     add("--data", type=Path, default="resized_data", help="folder of clips, from resize.py")
     add("--models", type=Path, default="trained_models", help="folder for checkpoint and losses")
     add("--videos", type=Path, default="generated_videos", help="folder for the sample GIFs")
-    add("--sample-every", type=number(int, 1), default=1000, help="epochs between sample GIFs")
-    add("--checkpoint-every", type=number(int, 1), default=5000, help="epochs between checkpoints")
+    count = number(int, 1)
+    add("--sample-every", type=count, default=SAMPLE_EVERY, help="epochs between sample GIFs")
+    add(
+        "--checkpoint-every",
+        type=count,
+        default=CHECKPOINT_EVERY,
+        help="epochs between checkpoints",
+    )
     return parser, parser.parse_args(argv)
 
 

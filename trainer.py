@@ -27,6 +27,7 @@ REAL, FAKE = 0.9, 0.0  # one-sided label smoothing
 BETAS = 0.5, 0.999
 FORMAT = 2  # of checkpoint.pt
 SAMPLES = 16  # videos in a sample GIF
+SHOW_EVERY, PLOT_EVERY = 0.5, 60  # seconds between losses shown and logged, and drawn
 WARM_UP = 3  # epochs before one is recorded as a CUDA graph
 
 
@@ -332,20 +333,21 @@ class Trainer:
         return changed
 
 
+def show_samples(trainer, log, videos):
+    """Write a GIF of the trainer's samples into the folder `videos`, and a frame of it to `log`."""
+    grid = video_grid(trainer.sample())
+    save_gif(videos / f"epoch-{trainer.epoch:06d}.gif", grid)
+    log.add_image("samples", grid[len(grid) // 2], trainer.epoch)
+
+
 def train(trainer, epochs, log, save_checkpoint, videos, sample_every, checkpoint_every):
     """Train up to epoch `epochs`, with a progress bar, sample GIFs and checkpoints on the way.
 
     log: a LossLog; save_checkpoint: called with nothing; videos: the folder for the GIFs. Samples
     and checkpoints are also made at the last epoch; losses.png is drawn once a minute.
     """
-
-    def show_samples():
-        grid = video_grid(trainer.sample())
-        save_gif(videos / f"epoch-{trainer.epoch:06d}.gif", grid)
-        log.add_image("samples", grid[len(grid) // 2], trainer.epoch)
-
     if trainer.epoch == 0:
-        show_samples()
+        show_samples(trainer, log, videos)
     waiting, since, plotted = [], time.perf_counter(), 0
     pace = None  # a running mean of the seconds an epoch takes
     bar = tqdm(
@@ -361,9 +363,9 @@ def train(trainer, epochs, log, save_checkpoint, videos, sample_every, checkpoin
             waiting.append(trainer.train_epoch())
             sample_now = trainer.epoch % sample_every == 0 or trainer.epoch == epochs
             save_now = trainer.epoch % checkpoint_every == 0 or trainer.epoch == epochs
-            # Losses stay on the device until they are shown, about every half second: to fetch them
+            # Losses stay on the device until they are shown, every half second or so: to fetch them
             # is to wait for it.
-            if sample_now or save_now or pace is None or len(waiting) * pace >= 0.5:
+            if sample_now or save_now or pace is None or len(waiting) * pace >= SHOW_EVERY:
                 losses = torch.stack(waiting).cpu()
                 seconds = time.perf_counter() - since
                 log.add(trainer.epoch, losses, seconds)
@@ -375,8 +377,8 @@ def train(trainer, epochs, log, save_checkpoint, videos, sample_every, checkpoin
                 bar.update(len(waiting))
                 waiting = []
                 if sample_now:
-                    show_samples()
-                if time.perf_counter() - plotted > 60:
+                    show_samples(trainer, log, videos)
+                if time.perf_counter() - plotted > PLOT_EVERY:
                     log.plot()
                     plotted = time.perf_counter()
                 if save_now:

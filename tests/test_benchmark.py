@@ -104,11 +104,15 @@ def test_benchmark_compares_the_two(clips_folder, tmp_path):
             assert result["flops"] == epoch_flops(int(batch_size), 32, 16, by_the_book)
             assert result["flops"] <= result["counted_flops"] < 1.002 * result["flops"]
             assert 2e8 < result["peak_memory"] < 2e10
+            showing = ["sample", "checkpoint", "log line", "plot"] * (name == "project")
+            assert list(result["showing"]) == showing
+            assert all(0 < seconds < 60 for seconds in result["showing"].values())
         medians = {name: result["median"] for name, result in results.items()}
         ratio = medians["by the book"] / medians["project"]
         assert f"is {ratio:.2f} times as fast" in done.stdout
     assert re.search(r"batch 2 +project \(fp32\) +by the book \(fp32\)", done.stdout)
-    assert re.search(r"\n +2 +[\d.]+ ms +[\d.]+ ms", done.stdout)
+    assert re.search(r"run: sample [\d.]+%, checkpoint [\d.]+%, log line [\d.]+%", done.stdout)
+    assert re.search(r"\n +2 +[\d.,]+ +[\d.,]+ +[\d.]+ +[\d.]+\n", done.stdout)
 
 
 @pytest.mark.parametrize(
