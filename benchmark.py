@@ -13,6 +13,7 @@ import contextlib
 import copy
 import json
 import multiprocessing
+import os
 import platform
 import signal
 import statistics
@@ -42,6 +43,7 @@ from utils import (
     whole_file,
 )
 
+READY = "ready"  # what a process says by itself, once it is warm
 NAMES = "project", "by the book"
 # Frames of the 93 Weizmann clips: the clips that are made up where --data is not given.
 LENGTHS = [28 + round(118 * (i / 92) ** 2) for i in range(93)]
@@ -230,6 +232,14 @@ def cost_of_showing(trainer):
     return dict(zip(("sample", "checkpoint", "log line", "plot"), seconds[4:]))
 
 
+def receive(pipe):
+    """The next question; the process ends where the one that asked is gone."""
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        sys.exit(1)
+
+
 def contestant(pipe, name, batch_size, args):
     """What each of the two processes does: one epoch or figure after another, as asked for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the one that started it, and it this
@@ -257,8 +267,8 @@ def contestant(pipe, name, batch_size, args):
     for _ in range(5 if device.type == "cuda" else 2):  # what is compiled, chosen, recorded
         trainer.train_epoch()
     seconds = []
-    pipe.send("ready")
-    while (epochs := pipe.recv()) is not None:
+    pipe.send(READY)
+    while (epochs := receive(pipe)) is not None:
         with stopwatch(device, seconds):
             for _ in range(epochs):
                 trainer.train_epoch()
@@ -279,11 +289,13 @@ def contestant(pipe, name, batch_size, args):
     )
 
 
-def answer(pipe, name, batch_size):
-    """What the process of `name` sends next."""
+def ask(pipe, question, name, batch_size):
+    """Send `question`, if there is one, to the process of `name`. Returns what it answers."""
     try:
+        if question is not READY:
+            pipe.send(question)
         return pipe.recv()
-    except EOFError:
+    except (EOFError, OSError):
         raise UserError(
             f"the process that trained {name} at batch {batch_size} ended; is there enough memory?"
         ) from None
@@ -301,16 +313,15 @@ def compare(clips, batch_size, args):
         process.start()
         other.close()
         processes.append(process)
-        answer(pipes[name], name, batch_size)
+        ask(pipes[name], READY, name, batch_size)
     turns = min(args.epochs, 10)
     for turn in range(turns):
         for name in NAMES if turn % 2 else reversed(NAMES):
-            pipes[name].send(args.epochs // turns)
-            answer(pipes[name], name, batch_size)
+            part = args.epochs // turns + (turn < args.epochs % turns)
+            ask(pipes[name], part, name, batch_size)
     results = {}
     for name in NAMES:
-        pipes[name].send(None)
-        result = answer(pipes[name], name, batch_size)
+        result = ask(pipes[name], None, name, batch_size)
         median = statistics.median(result["seconds"])
         flops = epoch_flops(batch_size, clips.size, clips.frames, name == "by the book")
         results[name] = result | {
@@ -388,7 +399,7 @@ def show(batch_size, results):
     line("  counted by PyTorch", lambda r: f"{r['counted_flops'] / 1e9:.5g} GFLOP")
     line("rate", lambda r: f"{r['rate'] / 1e9:.4g} GFLOP/s")
     line("  of a large matrix product", lambda r: f"{r['matmul_rate'] / 1e9:.4g} GFLOP/s")
-    line("  the epoch's share of it", lambda r: f"{r['share_of_matmul']:.0%}")
+    line("  the epoch beside it", lambda r: f"{r['share_of_matmul']:.0%}")
     line(f"{EPOCHS:,} epochs", lambda r: duration(r["all_epochs"]))
     project, book = results.values()
     epoch = project["median"]
@@ -400,16 +411,22 @@ def show(batch_size, results):
     }
     shares = (f"{what} {s / every[what]:.2%}" for what, s in project["showing"].items())
     print(f"beside training, of the project's run: {', '.join(shares)}")
+    if any(max(r["seconds"]) > 1.5 * min(r["seconds"]) for r in results.values()):
+        print("note: the turns differ by more than half; is other work running?")
     print(f"the project's epoch is {book['median'] / project['median']:.2f} times as fast", end="")
     if project["peak_memory"] is not None:
-        print(f", in {(book['peak_memory'] - project['peak_memory']) / 1e9:.2f} GB less", end="")
+        less = (book["peak_memory"] - project["peak_memory"]) / 1e9
+        print(f", in {abs(less):.2f} GB {'less' if less >= 0 else 'more'}", end="")
     print()
 
 
 def run(args):
     device = pick_device(args.device)
-    if args.json and not args.json.parent.is_dir():  # before the measuring, not after
-        raise UserError(f"--json {args.json.parent}: no such folder")
+    if args.json:  # before the measuring, not after
+        if not args.json.parent.is_dir():
+            raise UserError(f"--json {args.json.parent}: no such folder")
+        if args.json.is_dir() or not os.access(args.json.parent, os.W_OK):
+            raise UserError(f"--json {args.json}: cannot be written; name a file")
     args.device, args.precision = str(device), pick_precision(args.precision, device)
     args.epochs = args.epochs or (200 if device.type == "cuda" else 10)
     head = {
@@ -417,7 +434,10 @@ def run(args):
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
+        "threads": torch.get_num_threads(),
         "epochs": args.epochs,
+        "compile": args.compile,
+        "graph": device.type == "cuda" and not args.no_graph,
     }
     with tempfile.TemporaryDirectory() as made_up:
         kind = f"of {args.data}" if args.data else "(noise)"

@@ -145,8 +145,14 @@ class ReadAhead:
         return pixels, self.rng.get_state()
 
     def next(self):
-        """The next batch, as from `ClipDataset.read`."""
-        pixels, self.state = (self.ahead or self.thread.submit(self._read)).result()
+        """The next batch, as from `ClipDataset.read`. One that fails is read again."""
+        ahead, self.ahead = self.ahead or self.thread.submit(self._read), None
+        try:
+            pixels, self.state = ahead.result()
+        except BaseException:  # an array that is gone, or Ctrl-C: the draw is made again
+            ahead.cancel()
+            self.go_on_from(self.state)
+            raise
         self.ahead = self.thread.submit(self._read)
         return pixels
 

@@ -236,6 +236,8 @@ class Trainer:
             try:
                 with recording:
                     losses = self.update(*self.draw(pixels))
+            except torch.cuda.OutOfMemoryError:
+                raise
             except RuntimeError as error:  # a changed update that waits for the GPU: print(loss)
                 reason = str(error).partition("\n")[0]
                 raise UserError(
@@ -247,10 +249,12 @@ class Trainer:
     @torch.no_grad()
     def sample(self):
         """Videos from the fixed noise, in evaluation mode: (16, 3, T, S, S) in [-1, 1]."""
-        self.generator.eval()
         one_by_one = zip(*(noise.split(1) for noise in self.sample_noise))  # to need little memory
-        videos = [self.generator(*noise) for noise in one_by_one]
-        self.generator.train()
+        self.generator.eval()
+        try:
+            videos = [self.generator(*noise) for noise in one_by_one]
+        finally:
+            self.generator.train()
         return torch.cat(videos)
 
     def real_sample(self, seed):
@@ -289,6 +293,26 @@ class Trainer:
         if self.ahead is not None:
             self.ahead.go_on_from(anew.get_state() if states["clips"] is None else states["clips"])
 
+    def _restore(self, checkpoint):
+        for name, network in self.networks.items():
+            network.load_state_dict(checkpoint["networks"][name])
+        for optimizer, state in (
+            (self.optimizer_d, checkpoint["optimizer_d"]),
+            (self.optimizer_g, checkpoint["optimizer_g"]),
+        ):
+            # The moments are the checkpoint's, the options (fused, lr) those of now.
+            now = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state["state"], "param_groups": now})
+            for weight, moments in optimizer.state.items():  # in the layout the weights have here
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if moments[name].shape != weight.shape:
+                        raise ValueError("moments that do not fit the weights")
+                    moments[name] = torch.empty_like(weight).copy_(moments[name])
+        self.graph, self.epochs_before_graph = None, WARM_UP
+        self.sample_noise = tuple(n.to(self.device) for n in checkpoint["sample_noise"])
+        self.epoch = checkpoint["epoch"]
+        self._go_on_from(checkpoint["rng"])
+
     def load(self, path, settings):
         """Go on from `path`. Returns a line for each setting that is another now than it was.
 
@@ -314,22 +338,11 @@ class Trainer:
         ]
         if fixed := [line for line in changed if line.startswith(("size ", "frames "))]:
             raise UserError(f"{path}: cannot go on with other networks: {'; '.join(fixed)}")
-        for name, network in self.networks.items():
-            network.load_state_dict(checkpoint["networks"][name])
-        for optimizer, state in (
-            (self.optimizer_d, checkpoint["optimizer_d"]),
-            (self.optimizer_g, checkpoint["optimizer_g"]),
-        ):
-            # The moments are the checkpoint's, the options (fused, lr) those of now.
-            now = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state["state"], "param_groups": now})
-            for weight, moments in optimizer.state.items():  # in the layout the weights have here
-                for name in ("exp_avg", "exp_avg_sq"):
-                    moments[name] = torch.empty_like(weight).copy_(moments[name])
-        self.graph, self.epochs_before_graph = None, WARM_UP
-        self.sample_noise = tuple(n.to(self.device) for n in checkpoint["sample_noise"])
-        self.epoch = checkpoint["epoch"]
-        self._go_on_from(checkpoint["rng"])
+        try:
+            self._restore(checkpoint)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{path}: a damaged checkpoint ({reason})") from error
         return changed
 
 
@@ -365,7 +378,9 @@ def train(trainer, epochs, log, save_checkpoint, videos, sample_every, checkpoin
             save_now = trainer.epoch % checkpoint_every == 0 or trainer.epoch == epochs
             # Losses stay on the device until they are shown, every half second or so: to fetch them
             # is to wait for it.
-            if sample_now or save_now or pace is None or len(waiting) * pace >= SHOW_EVERY:
+            # A host that runs ahead of a GPU must go by the count, not by its own clock.
+            waited = max(len(waiting) * (pace or SHOW_EVERY), time.perf_counter() - since)
+            if sample_now or save_now or waited >= SHOW_EVERY:
                 losses = torch.stack(waiting).cpu()
                 seconds = time.perf_counter() - since
                 log.add(trainer.epoch, losses, seconds)

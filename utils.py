@@ -28,11 +28,19 @@ class UserError(Exception):
     """Something that the person at the command line can mend: one line, what and what to do."""
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that shows the defaults and says what is wrong in one line (status 2)."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(formatter_class=Defaults, **kwargs)
         for stream in (sys.stdout, sys.stderr):  # a console without × or → shows ? and goes on
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
@@ -81,7 +89,7 @@ def set_up_machine(device):
         torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it by default
     elif sys.platform == "linux":
         # glibc returns large blocks to the system when they are freed, and each epoch takes them
-        # anew, page by page, which costs 10 to 20 % of its time. Let it keep them.
+        # anew, page by page, which costs a tenth of its time. Let it keep them.
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # not in other C libraries
         mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)  # the old glibc's most
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

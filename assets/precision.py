@@ -1,9 +1,13 @@
 """Draw assets/precision.png: the losses of runs in bf16 and in fp32, beside each other.
 
-python main.py --batch-size 8 --epochs 300 --precision bf16 --seed 0 --models bf16-0 --videos bf16-0
-python main.py --batch-size 8 --epochs 300 --precision fp32 --seed 0 --models fp32-0 --videos fp32-0
-and the same with 1 in place of 0; then
-python assets/precision.py bf16-0 fp32-0 bf16-1 fp32-1
+With the real clips in resized_data/, for precision bf16 and fp32, and for seed 0 and 1:
+
+    python main.py --batch-size 8 --epochs 300 --precision bf16 --seed 0 --models /tmp/bf16-0 \\
+        --videos /tmp/bf16-0
+
+then
+
+    python assets/precision.py /tmp/bf16-0 /tmp/fp32-0 /tmp/bf16-1 /tmp/fp32-1
 """
 
 import csv
@@ -35,5 +39,5 @@ for axes, name in zip(figure.subplots(2, 2).flat, ("D_I", "D_V", "G_I", "G_V")):
     axes.set(title=name, xlabel="epoch", ylabel="binary cross-entropy")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 figure.savefig(Path(__file__).with_suffix(".png"), dpi=100)

@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import time
 from unittest import mock
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import trainer as trainer_module
 from benchmark import ByTheBook
 from data import ClipDataset
-from trainer import Trainer, train
+from trainer import Trainer, fixed, train
 from utils import UserError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")
@@ -154,6 +155,7 @@ def test_generated_videos_have_real_lengths(tmp_path):
         np.save(tmp_path / f"{name}.npy", np.zeros((n, 32, 32, 3), np.uint8))
     trainer = Trainer(ClipDataset(tmp_path), batch_size=1)
     pixels = trainer.next_pixels()
+    trainer.ahead.ahead.result()  # the thread that reads ahead draws, too
 
     def seen(draw, clip):
         def drawn(*args):
@@ -288,10 +290,14 @@ def test_no_reading_ahead_is_lost_or_repeated(clips, tmp_path):
     assert not torch.equal(batches[0], batches[1])
     for batch in batches[:2]:
         assert torch.equal(first.next_pixels(), batch)
+    assert first.ahead.ahead is not None  # a third is being read, or has been
+    second.next_pixels()  # as is one of the run that is left
+    second.graph = "of the run that is left"
     first.save(tmp_path / "checkpoint.pt", {"size": 32, "frames": 16})
     second.load(tmp_path / "checkpoint.pt", {"size": 32, "frames": 16})
     for batch in batches[2:]:
         assert torch.equal(second.next_pixels(), batch)
+    assert second.graph is None
 
 
 def test_the_state_of_another_device_is_left(clips, tmp_path):
@@ -331,6 +337,48 @@ def test_a_resident_data_set_trains_the_same(clips, tmp_path):
     pixels = resident.pixels
     resident.to("cpu")
     assert resident.pixels is pixels  # a second trainer on it moves nothing
+
+
+def test_a_batch_that_failed_is_read_again(clips, monkeypatch):
+    """A clip that cannot be read for a while costs no batch, and none is used twice."""
+    trainer, expected = Trainer(clips, batch_size=2), Trainer(clips, batch_size=2)
+    assert torch.equal(trainer.next_pixels(), expected.next_pixels())
+    trainer.ahead.ahead.result()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.ahead, "ahead", None)
+        trainer.ahead.go_on_from(trainer.ahead.state)
+        patch.setattr(clips, "read", mock.Mock(side_effect=ValueError("cannot be read")))
+        for _ in range(2):
+            with pytest.raises(ValueError):
+                trainer.next_pixels()
+    for _ in range(3):
+        assert torch.equal(trainer.next_pixels(), expected.next_pixels())
+
+
+@pytest.mark.parametrize("damage", ["rng", "networks", "moments", "an old rng"])
+def test_a_checkpoint_with_parts_amiss_is_one_line(clips, tmp_path, damage):
+    path, settings = tmp_path / "checkpoint.pt", {"size": 32, "frames": 16}
+    trainer = Trainer(clips, batch_size=2)
+    trainer.train_epoch()
+    trainer.save(path, settings)
+    checkpoint = torch.load(path, weights_only=True)
+    if damage == "moments":
+        checkpoint["optimizer_d"]["state"][0]["exp_avg"] = torch.zeros(1)
+    elif damage == "an old rng":
+        checkpoint["rng"] = checkpoint["rng"]["draws"]
+    else:
+        del checkpoint[damage]
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="a damaged checkpoint"):
+        Trainer(clips, batch_size=2).load(path, settings)
+
+
+def test_weights_are_fixed_for_as_long_as_it_says():
+    weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(KeyboardInterrupt), fixed([weight]):
+        assert not weight.requires_grad
+        raise KeyboardInterrupt
+    assert weight.requires_grad
 
 
 # ---------------------------------------------------------------- what CUDA asks for, without CUDA
@@ -499,3 +547,17 @@ def test_losses_are_fetched_seldom_and_all(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         f"epoch-{epoch:06d}.gif" for epoch in (0, 1500, 3000, 4500, 5000)
     ]
+
+
+def test_losses_are_shown_twice_a_second(tmp_path):
+    class Slow(Quick):
+        def train_epoch(self):
+            time.sleep(0.02)
+            return super().train_epoch()
+
+    log, start = mock.Mock(), time.perf_counter()
+    train(Slow(), 100, log, lambda: None, tmp_path, 1000, 1000)
+    took = time.perf_counter() - start
+    calls = [call.args for call in log.add.call_args_list]
+    assert 4 <= len(calls) <= 12
+    assert 100 * 0.02 <= sum(seconds for _, _, seconds in calls) <= took  # each second once
