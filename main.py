@@ -66,14 +66,12 @@ def parse(argv=None):
 
 
 def pick_device(name):
-    """The torch device called `name`; "auto" takes a CUDA GPU, else Apple's, else the CPU."""
+    """The torch device called `name`, with its index; "auto" takes CUDA, else MPS, else the CPU."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"--device {name}: there is no such device here; try auto") from None
     if device.type not in ("cpu", "cuda", "mps"):

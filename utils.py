@@ -83,10 +83,9 @@ def number(kind, low, high=float("inf")):
 def set_up_machine(device):
     """Settings of the whole process that only its speed, memory and last digits depend on."""
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = (
-            True  # shapes stay the same: try all kernels, take the best
-        )
-        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it by default
+        torch.cuda.set_device(device)  # which takes no "cuda" without an index
+        torch.backends.cudnn.benchmark = True  # shapes stay the same: time kernels, take the best
+        torch.backends.cudnn.allow_tf32 = True  # as by default: float32 on TF32 matrix units
     elif sys.platform == "linux":
         # glibc returns large blocks to the system when they are freed, and each epoch takes them
         # anew, page by page, which costs a tenth of its time. Let it keep them.

@@ -12,8 +12,18 @@ import torch
 from conftest import ROOT
 from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from utils import LossLog, move_old_run, number, save_gif, video_grid, whole_file
+import main
+from utils import (
+    LossLog,
+    move_old_run,
+    number,
+    save_gif,
+    set_up_machine,
+    video_grid,
+    whole_file,
+)
 
 PLAIN = {"capture_output": True, "text": True, "check": True, "cwd": ROOT}
 
@@ -153,6 +163,24 @@ def test_without_tensorboard(tmp_path, monkeypatch, capsys):
     log.close()
     assert len(read(tmp_path)) == 1 and not list(tmp_path.glob("events*"))
     assert capsys.readouterr().out.startswith("tensorboard is not installed")
+
+
+def test_cuda_is_set_up_on_the_device_that_is_used(monkeypatch):
+    used = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    set_up_machine(torch.device("cuda:1"))
+    assert used == [torch.device("cuda:1")] and torch.backends.cudnn.benchmark
+
+
+def test_a_device_comes_with_its_index(monkeypatch):
+    """torch.cuda.set_device refuses "cuda" alone, as it would be typed or chosen by itself."""
+    with pytest.raises(ValueError, match="index"):
+        torch.cuda.set_device(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with FakeTensorMode():
+        for name in ("auto", "cuda", "cuda:0"):
+            assert main.pick_device(name) == torch.device("cuda:0")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
