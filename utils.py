@@ -1,22 +1,27 @@
 """The small rest: pixels and floats, files written whole, the loss log, errors for people."""
 
 import argparse
+import builtins
 import contextlib
 import csv
 import ctypes
+import errno
 import os
 import shutil
+import signal
 import sys
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.utils import make_grid
 
+IN_IPYTHON = hasattr(builtins, "__IPYTHON__")  # Jupyter and Colab, too
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LOSSES = "D_I", "D_V", "G_I", "G_V"  # the four terms, in the order that every part keeps
 
@@ -26,6 +31,14 @@ LOSSES = "D_I", "D_V", "G_I", "G_V"  # the four terms, in the order that every p
 
 class UserError(Exception):
     """Something that the person at the command line can mend: one line, what and what to do."""
+
+    status = 2  # what the process then ends with
+
+
+class TrainingError(UserError):
+    """Something that ended a training which had begun: no fault of the command line."""
+
+    status = 1
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -51,16 +64,76 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def one_line_errors(parser):
-    """Turn a UserError, or a file that can't be read or written, into `parser.error`.
+    """Turn a UserError, or a file that can't be read or written, into a line as of `parser.error`.
 
     Ctrl-C ends in one line too, with status 130.
     """
     try:
         yield
-    except (UserError, OSError) as error:
-        parser.error(str(error))
+    except UserError as error:
+        end(error.status, f"{parser.prog}: error: {error}")
+    except OSError as error:
+        end(2, f"{parser.prog}: error: {what_failed(error)}")
     except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: stopped\n")
+        end(130, f"\n{parser.prog}: stopped")
+
+
+def end(status, line):
+    """Print `line` and end the process with `status`.
+
+    In a notebook only print: there an exit shows as an error of the program, and ends nothing.
+    """
+    print(line, file=sys.stderr)
+    if not IN_IPYTHON:
+        sys.exit(status)
+
+
+def is_out_of_memory(error):
+    """Whether `error` says that memory, the host's or a device's, was not enough."""
+    said = "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED"
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    )
+
+
+def what_failed(error):
+    """What an OSError says, and what a person can do about it."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{what}; free some space"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{what}; see to its permissions, or name another folder"
+    return what
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """Note Ctrl-C and SIGTERM in the list that this yields, so that what is in hand can end.
+
+    A second Ctrl-C raises KeyboardInterrupt. Signals that are ignored stay ignored, and outside the
+    main thread, where Python takes none, nothing is noted.
+    """
+    noted = []
+
+    def note(number, _):
+        if number == signal.SIGINT and number in noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+        with contextlib.suppress(OSError, RuntimeError):  # a terminal that is gone, or is writing
+            print(
+                "\nending with this epoch (Ctrl-C: at once, unsaved)", file=sys.stderr, flush=True
+            )
+
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                with contextlib.suppress(ValueError):
+                    before[number] = signal.signal(number, note)
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def number(kind, low, high=float("inf")):
@@ -80,12 +153,20 @@ def number(kind, low, high=float("inf")):
     return parse
 
 
-def set_up_machine(device):
-    """Settings of the whole process that only its speed, memory and last digits depend on."""
+def set_up_machine(device, deterministic=False):
+    """Settings of the whole process that only its speed, memory and last digits depend on.
+
+    deterministic: on a GPU, take only kernels that give the same bits every time. On the CPU all of
+    ours do.
+    """
+    torch.use_deterministic_algorithms(deterministic and device.type != "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # which takes no "cuda" without an index
-        torch.backends.cudnn.benchmark = True  # shapes stay the same: time kernels, take the best
+        # Shapes stay the same: time the kernels and take the best, which may be another next time.
+        torch.backends.cudnn.benchmark = not deterministic
         torch.backends.cudnn.allow_tf32 = True  # as by default: float32 on TF32 matrix units
+        if deterministic:  # cuBLAS asks for it, before its first use
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     elif sys.platform == "linux":
         # glibc returns large blocks to the system when they are freed, and each epoch takes them
         # anew, page by page, which costs a tenth of its time. Let it keep them.
@@ -120,10 +201,16 @@ def video_grid(videos, columns=4):
 def files_below(folder):
     """Yield the paths of all files below `folder`, sorted, through links to folders, too.
 
-    Hidden files and folders, whose names begin with a dot, are passed over.
+    Hidden files and folders, whose names begin with a dot, are passed over. Raises OSError if a
+    folder cannot be read.
     """
+
+    def fail(error):
+        if not isinstance(error, FileNotFoundError):  # one that is not there holds nothing
+            raise error
+
     seen = set()  # so that a link that leads back ends
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(place)
         folders[:] = sorted(f for f in folders if real not in seen and not f.startswith("."))
         if real not in seen:
@@ -148,17 +235,33 @@ def whole_file(path):
     """Open `path` for writing bytes so that it appears whole or not at all.
 
     What is written goes to `<path>.part`, which takes the name of `path` once it is on the disk.
+    Raises OSError, which names the file.
     """
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
+        part.unlink(missing_ok=True)  # of a run that was killed
+        with open(part, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
+
+
+def sync_folder(folder):
+    """Have the names in `folder` on the disk, where the system has a way to ask for it."""
+    with contextlib.suppress(OSError):  # Windows, some network file systems
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def save_gif(path, frames, fps=25):
@@ -183,30 +286,79 @@ def save_gif(path, frames, fps=25):
         )
 
 
+# ---------------------------------------------------------------- the folders of a run
+
+OF_MODELS = (
+    "checkpoint.pt",
+    "checkpoint-previous.pt",
+    "checkpoint-[0-9]*[0-9].pt",
+    "losses.csv",
+    "losses.png",
+    "events.out.tfevents.*",
+)
+OF_VIDEOS = "real.gif", "epoch-*.gif"
+
+
+@contextlib.contextmanager
+def alone_in(*folders):
+    """Make `folders` and hold them against a second run, which would write there, too.
+
+    They are free again when the process ends, however it does. Raises UserError if another run
+    holds one, or if one cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        for folder in {folder.resolve(): folder for folder in folders}.values():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(folder / ".lock", timeout=0))
+            except Timeout:
+                raise UserError(
+                    f"{folder}: another run is writing there; wait until it ends, "
+                    "or name another folder"
+                ) from None
+            except NotImplementedError:  # a network file system without locks
+                print(f"note: {folder} cannot be locked: let no second run write there")
+            except OSError as error:
+                error.filename = folder
+                raise UserError(f"cannot write to {what_failed(error)}") from None
+        yield
+
+
+def remove_parts(models, videos):
+    """Remove what a run that was killed had half written."""
+    for folder, patterns in ((models, OF_MODELS), (videos, OF_VIDEOS)):
+        for pattern in patterns:
+            for part in folder.glob(pattern + ".part"):
+                part.unlink()
+
+
 def move_old_run(models, videos):
     """Move what an earlier run left in its two folders into dated folders in them.
 
-    The date is that of the run's newest file. Files that no run writes stay where they are.
+    The date is that of the run's newest file, which is moved last: if this is cut off, the next
+    call moves the rest to the same place. Files that no run writes stay where they are.
     Returns the dated folders, an empty list where there was nothing to move.
     """
-    old = {models: [], videos: []}  # the two may be one
-    for name in ("checkpoint.pt", "losses.csv", "losses.png", "events.out.tfevents.*"):
-        old[models] += models.glob(name)
-    for name in ("real.gif", "epoch-*.gif"):
-        old[videos] += videos.glob(name)
-    newest = max((p.stat().st_mtime for paths in old.values() for p in paths), default=None)
-    if newest is None:
+    old = {  # the two may be one
+        path
+        for folder, patterns in ((models, OF_MODELS), (videos, OF_VIDEOS))
+        for pattern in patterns
+        for path in folder.glob(pattern)
+    }
+    if not old:
         return []
-    date = stamp = datetime.fromtimestamp(newest).strftime("%Y-%m-%d_%H-%M-%S")
+    old = sorted(old, key=lambda path: (path.stat().st_mtime, path))
+    date = stamp = datetime.fromtimestamp(old[-1].stat().st_mtime).strftime("%Y-%m-%d_%H-%M-%S")
     again = 1
-    while any((folder / stamp).exists() for folder in old):
+    while any((path.parent / stamp / path.name).exists() for path in old):
         again += 1
         stamp = f"{date}_{again}"
-    for folder, paths in old.items():
-        for path in paths:
-            (folder / stamp).mkdir(exist_ok=True)
-            shutil.move(path, folder / stamp / path.name)
-    return [folder / stamp for folder, paths in old.items() if paths]
+    for path in old:
+        (path.parent / stamp).mkdir(exist_ok=True)
+        shutil.move(path, path.parent / stamp / path.name)
+    return [
+        folder / stamp for folder in dict.fromkeys((models, videos)) if (folder / stamp).is_dir()
+    ]
 
 
 # ---------------------------------------------------------------- losses
@@ -216,12 +368,15 @@ class LossLog:
     """The losses of every epoch, in `folder`: losses.csv, losses.png and TensorBoard events.
 
     epoch: the epoch the run stands at; rows of later ones (of a run that was cut off after its
-    checkpoint) are dropped.
+    checkpoint) are dropped. Use it in a `with` block, which draws losses.png at its end.
     """
 
     def __init__(self, folder, epoch=0):
         self.path = folder / "losses.csv"
-        self.rows = [row for row in self._read() if row[0] <= epoch]
+        rows = {row[0]: row for row in self._read()}
+        self.rows = [rows[i] for i in range(1, epoch + 1) if i in rows]
+        if missing := epoch - len(self.rows):
+            print(f"note: {self.path} does not hold {missing} of the {epoch} epochs so far")
         with whole_file(self.path) as file:
             lines = [("epoch", *LOSSES, "seconds"), *self.rows]
             file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
@@ -290,8 +445,20 @@ class LossLog:
         with whole_file(self.path.with_suffix(".png")) as file:
             figure.savefig(file, format="png", dpi=100)
 
+    def sync(self):
+        """Have all that was logged on the disk: a checkpoint must not be ahead of its losses."""
+        os.fsync(self.file.fileno())
+
     def close(self):
-        self.plot()
-        self.file.close()
-        if self.board:
-            self.board.close()
+        with contextlib.ExitStack() as stack:  # all of it, whichever fails
+            if self.board:
+                stack.callback(self.board.close)
+            stack.callback(self.file.close)
+            self.plot()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        with contextlib.suppress(*[OSError] if kind else []):  # what ended the run is said instead
+            self.close()
