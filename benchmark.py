@@ -28,8 +28,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoint
 from data import ClipDataset
-from main import CHECKPOINT_EVERY, EPOCHS, SAMPLE_EVERY, pick_device, pick_precision
+from main import (
+    CHECKPOINT_EVERY,
+    CHECKPOINT_MINUTES,
+    EPOCHS,
+    SAMPLE_EVERY,
+    pick_device,
+    pick_precision,
+)
 from models import DIM_CONTENT, DIM_MOTION, DIM_NOISE
 from trainer import FAKE, PLOT_EVERY, REAL, SHOW_EVERY, Trainer, show_samples
 from utils import (
@@ -76,7 +84,7 @@ class ByTheBook:
         windows = np.empty((B, 3, T, size, size), np.float32)
         frames = np.empty((B, 3, size, size), np.float32)
         for i, c in enumerate(self.rng.integers(len(self.clips), size=B)):
-            clip = self.clips.open(self.clips.paths[c])
+            clip = self.clips.clip(c)
             start = self.rng.integers(len(clip) - T + 1)
             window = clip[start : start + T].astype(np.float32) / 127.5 - 1
             windows[i] = window.transpose(3, 0, 1, 2)
@@ -222,7 +230,7 @@ def cost_of_showing(trainer):
             with stopwatch(trainer.device, seconds):
                 show_samples(trainer, log, folder)
             with stopwatch(trainer.device, seconds):
-                trainer.save(folder / "checkpoint.pt", {})
+                checkpoint.write(folder / "checkpoint.pt", trainer.state())
             with stopwatch(trainer.device, seconds):
                 log.add(1, losses[:1], 1)
             log.add(EPOCHS, losses[: EPOCHS - len(log.rows)], 1)
@@ -405,7 +413,7 @@ def show(batch_size, results):
     epoch = project["median"]
     every = {
         "sample": SAMPLE_EVERY * epoch,
-        "checkpoint": CHECKPOINT_EVERY * epoch,
+        "checkpoint": min(CHECKPOINT_EVERY * epoch, CHECKPOINT_MINUTES * 60),
         "log line": max(epoch, SHOW_EVERY),
         "plot": PLOT_EVERY,
     }

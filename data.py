@@ -5,6 +5,7 @@ data set larger than memory works, or lie on a GPU as the bytes they are; only t
 are ever turned into floats.
 """
 
+import hashlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import UserError, files_below, open_array, to_float
+from utils import TrainingError, UserError, files_below, open_array, to_float
 
 
 class ClipDataset:
@@ -24,7 +25,7 @@ class ClipDataset:
 
     After loading: `names` (paths below the folder, sorted), `lengths` (frames of each clip, int64),
     `size` (S), `actions` (sorted) and `skipped` (a line for each array left out, with the reason).
-    Raises UserError if the folder is missing or holds no usable clip.
+    Raises UserError if the folder is missing or holds no usable clip, OSError if it cannot be read.
     """
 
     def __init__(self, folder, frames=16):
@@ -57,7 +58,8 @@ class ClipDataset:
         self.names = [path.relative_to(folder) for path in shapes]
         self.lengths = torch.tensor([shape[0] for shape in shapes.values()])
         self.first = self.lengths.cumsum(0) - self.lengths  # where a clip begins among all frames
-        self.bytes = int(self.lengths.sum()) * self.size**2 * 3
+        self.number_of_frames = int(self.lengths.sum())
+        self.bytes = self.number_of_frames * self.size**2 * 3
         self.lengths_on = lru_cache(maxsize=None)(self.lengths.to)  # a copy on each device used
         self.pixels = None  # every frame, once `to` has put them on a device
         # Each open map holds a file, and a process may hold only so many.
@@ -78,14 +80,42 @@ class ClipDataset:
     def __len__(self):
         return len(self.paths)
 
+    def fingerprint(self):
+        """What tells this data set from another: a dict of plain values.
+
+        The numbers of its clips and frames, and the SHA-256 of every clip's name, length, first and
+        last frame.
+        """
+        sha256 = hashlib.sha256()
+        for i, name in enumerate(self.names):
+            clip = self.clip(i)
+            sha256.update(f"{name.as_posix()}\0{len(clip)}\0".encode(errors="surrogateescape"))
+            sha256.update(clip[[0, -1]].tobytes())
+        sha256 = sha256.hexdigest()
+        return {"clips": len(self), "frames": self.number_of_frames, "sha256": sha256}
+
+    def clip(self, i):
+        """The frames of clip `i`: (n_frames, S, S, 3) uint8, memory-mapped.
+
+        Raises TrainingError if the file is no longer what it was when this data set was made.
+        """
+        path, shape = self.paths[i], (int(self.lengths[i]), self.size, self.size, 3)
+        try:
+            array = self.open(path)
+            if array.dtype != np.uint8 or array.shape != shape:
+                raise ValueError(f"{array.dtype} {array.shape}")
+        except ValueError as reason:
+            raise TrainingError(f"{path} is not what it was: {reason}") from None
+        return array
+
     def to(self, device):
         """Put every frame into the memory of `device`, as bytes: `read` then works there."""
         if self.pixels is not None and self.pixels.device == torch.empty(0, device=device).device:
             return  # a recorded CUDA graph knows where they are
-        shape = int(self.lengths.sum()), self.size, self.size, 3
+        shape = self.number_of_frames, self.size, self.size, 3
         pixels = torch.empty(shape, dtype=torch.uint8, device=device)
-        for path, first, length in zip(self.paths, self.first.tolist(), self.lengths.tolist()):
-            pixels[first : first + length] = torch.from_numpy(np.array(self.open(path)))
+        for i, (first, length) in enumerate(zip(self.first.tolist(), self.lengths.tolist())):
+            pixels[first : first + length] = torch.from_numpy(np.array(self.clip(i)))
         self.pixels, self.first = pixels, self.first.to(device)
 
     def draw(self, batch_size, rng):
@@ -117,7 +147,7 @@ class ClipDataset:
         pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
         windows, frames = pixels.numpy()[: -len(clip)], pixels.numpy()[-len(clip) :]
         for i, (c, s, f) in enumerate(zip(clip.tolist(), start.tolist(), frame.tolist())):
-            array = self.open(self.paths[c])
+            array = self.clip(c)
             windows[i * self.frames : (i + 1) * self.frames] = array[s : s + self.frames]
             frames[i] = array[f]
         return pixels

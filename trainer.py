@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 from data import ReadAhead, look, split
 from models import ImageDiscriminator, VideoDiscriminator, VideoGenerator
-from utils import LOSSES, UserError, save_gif, video_grid, whole_file
+from utils import LOSSES, TrainingError, UserError, save_gif, video_grid
 
 REAL, FAKE = 0.9, 0.0  # one-sided label smoothing
 BETAS = 0.5, 0.999
-FORMAT = 2  # of checkpoint.pt
 SAMPLES = 16  # videos in a sample GIF
 SHOW_EVERY, PLOT_EVERY = 0.5, 60  # seconds between losses shown and logged, and drawn
 WARM_UP = 3  # epochs before one is recorded as a CUDA graph
+DIVERGED = "are not finite: try a smaller --lr, or --precision fp32"
 
 
 def bce(logits, label):
@@ -264,20 +264,74 @@ class Trainer:
 
     # ------------------------------------------------------------ checkpoint
 
-    def save(self, path, settings):
-        """Write all that is needed to go on, and `settings` (plain values), as one whole file."""
-        checkpoint = {
-            "format": FORMAT,
+    def state(self):
+        """All that is needed to go on, as plain values and tensors, for a checkpoint.
+
+        Raises TrainingError if a number in it is not finite.
+        """
+        state = {
             "epoch": self.epoch,
-            "settings": settings,
+            "seed": self.seed,
             "networks": {name: net.state_dict() for name, net in self.networks.items()},
             "optimizer_d": self.optimizer_d.state_dict(),
             "optimizer_g": self.optimizer_g.state_dict(),
             "rng": self._random_states(),
             "sample_noise": self.sample_noise,
         }
-        with whole_file(path) as file:
-            torch.save(checkpoint, file)
+        held = list(state["networks"].values())
+        for optimizer in (state["optimizer_d"], state["optimizer_g"]):
+            held += optimizer["state"].values()
+        if not all(tensor.isfinite().all() for tensors in held for tensor in tensors.values()):
+            raise TrainingError(f"after epoch {self.epoch} weights or their moments {DIVERGED}")
+        return state
+
+    def differences(self, state):
+        """A line for each tensor that has another shape in `state` than here."""
+
+        def shape(tensor):
+            return "absent" if tensor is None else "×".join(map(str, tensor.shape)) or "a number"
+
+        lines = []
+        for name, network in self.networks.items():
+            old, new = state["networks"].get(name, {}), network.state_dict()
+            for key in old | new:
+                was, now = shape(old.get(key)), shape(new.get(key))
+                if was != now:
+                    lines.append(f"{name} {key} was {was}, is {now} now")
+        return lines
+
+    def load_state(self, state):
+        """Go on from what `state` returned, perhaps on another device.
+
+        Raises ValueError where it does not fit; the trainer is then of no use any more.
+        """
+        try:
+            self._load(state)
+        except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+            raise ValueError(str(error).partition("\n")[0]) from error
+
+    def _load(self, state):
+        for name, network in self.networks.items():
+            network.load_state_dict(state["networks"][name])
+        for name in ("optimizer_d", "optimizer_g"):
+            # The moments are the checkpoint's, the options (fused, lr) those of now.
+            optimizer = getattr(self, name)
+            now = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state[name]["state"], "param_groups": now})
+            for weight in optimizer.param_groups[0]["params"]:
+                moments = optimizer.state[weight]
+                if state["epoch"] and not moments:
+                    raise ValueError("weights without moments")
+                for key, value in moments.items():  # copied, in the layout of the weights here
+                    if key != "step" and value.shape != weight.shape:
+                        raise ValueError("moments that do not fit the weights")
+                    moments[key] = torch.empty_like(weight if value.dim() else value).copy_(value)
+        self.graph, self.epochs_before_graph = None, WARM_UP
+        self.sample_noise = tuple(noise.to(self.device) for noise in state["sample_noise"])
+        self.epoch, self.seed = state["epoch"], state["seed"]
+        if self.epoch < 0:
+            raise ValueError(f"epoch {self.epoch}")
+        self._go_on_from(state["rng"])
 
     def _random_states(self):
         ahead = None if self.ahead is None else self.ahead.state
@@ -293,57 +347,15 @@ class Trainer:
         if self.ahead is not None:
             self.ahead.go_on_from(anew.get_state() if states["clips"] is None else states["clips"])
 
-    def _restore(self, checkpoint):
-        for name, network in self.networks.items():
-            network.load_state_dict(checkpoint["networks"][name])
-        for optimizer, state in (
-            (self.optimizer_d, checkpoint["optimizer_d"]),
-            (self.optimizer_g, checkpoint["optimizer_g"]),
-        ):
-            # The moments are the checkpoint's, the options (fused, lr) those of now.
-            now = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state["state"], "param_groups": now})
-            for weight, moments in optimizer.state.items():  # in the layout the weights have here
-                for name in ("exp_avg", "exp_avg_sq"):
-                    if moments[name].shape != weight.shape:
-                        raise ValueError("moments that do not fit the weights")
-                    moments[name] = torch.empty_like(weight).copy_(moments[name])
-        self.graph, self.epochs_before_graph = None, WARM_UP
-        self.sample_noise = tuple(n.to(self.device) for n in checkpoint["sample_noise"])
-        self.epoch = checkpoint["epoch"]
-        self._go_on_from(checkpoint["rng"])
 
-    def load(self, path, settings):
-        """Go on from `path`. Returns a line for each setting that is another now than it was.
-
-        Raises UserError where `path` is no checkpoint of ours, or where the settings that shape the
-        networks differ.
-        """
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            ours = isinstance(checkpoint, dict) and "settings" in checkpoint
-        except OSError:
-            raise
-        except Exception:  # torch.load raises a dozen kinds for what is no checkpoint
-            ours = False
-        if not ours:
-            raise UserError(f"{path}: not a checkpoint of this program, or a damaged one")
-        if checkpoint.get("format") != FORMAT:
-            raise UserError(f"{path}: a checkpoint of another version of this program")
-        old = checkpoint["settings"]
-        changed = [
-            f"{name} was {old[name]}, is {value} now"
-            for name, value in settings.items()
-            if old[name] != value
-        ]
-        if fixed := [line for line in changed if line.startswith(("size ", "frames "))]:
-            raise UserError(f"{path}: cannot go on with other networks: {'; '.join(fixed)}")
-        try:
-            self._restore(checkpoint)
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"{path}: a damaged checkpoint ({reason})") from error
-        return changed
+def check_finite(epoch, losses):
+    """Raise TrainingError if a loss of the epochs up to `epoch`, (n, 4), is not finite."""
+    bad = (~losses.isfinite()).nonzero().tolist()
+    if bad:
+        row, column = bad[0]
+        at = epoch - len(losses) + 1 + row
+        value = losses[row, column].item()
+        raise TrainingError(f"at epoch {at} the losses ({LOSSES[column]}: {value}) {DIVERGED}")
 
 
 def show_samples(trainer, log, videos):
@@ -353,15 +365,30 @@ def show_samples(trainer, log, videos):
     log.add_image("samples", grid[len(grid) // 2], trainer.epoch)
 
 
-def train(trainer, epochs, log, save_checkpoint, videos, sample_every, checkpoint_every):
+def train(
+    trainer,
+    epochs,
+    log,
+    save_checkpoint,
+    videos,
+    sample_every,
+    checkpoint_every,
+    checkpoint_seconds=math.inf,
+    stop=(),
+):
     """Train up to epoch `epochs`, with a progress bar, sample GIFs and checkpoints on the way.
 
     log: a LossLog; save_checkpoint: called with nothing; videos: the folder for the GIFs. Samples
-    and checkpoints are also made at the last epoch; losses.png is drawn once a minute.
+    are made every so many epochs, and checkpoints, or sooner, when the last is so many seconds old;
+    both also at the last epoch. losses.png is drawn once a minute.
+    stop: once it holds something (see `signals_noted`), the epoch in hand is the last; that gives a
+    checkpoint.
+    Raises TrainingError, before anything is saved, if a loss is not finite.
     """
     if trainer.epoch == 0:
         show_samples(trainer, log, videos)
     waiting, since, plotted = [], time.perf_counter(), 0
+    saved = since
     pace = None  # a running mean of the seconds an epoch takes
     bar = tqdm(
         total=epochs,
@@ -372,10 +399,14 @@ def train(trainer, epochs, log, save_checkpoint, videos, sample_every, checkpoin
         bar_format="{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
     )
     with bar:
-        while trainer.epoch < epochs:
+        last = trainer.epoch >= epochs
+        while not last:
             waiting.append(trainer.train_epoch())
-            sample_now = trainer.epoch % sample_every == 0 or trainer.epoch == epochs
-            save_now = trainer.epoch % checkpoint_every == 0 or trainer.epoch == epochs
+            done = trainer.epoch == epochs
+            last = done or len(stop) > 0
+            sample_now = done or trainer.epoch % sample_every == 0
+            save_now = last or trainer.epoch % checkpoint_every == 0
+            save_now = save_now or time.perf_counter() - saved >= checkpoint_seconds
             # Losses stay on the device until they are shown, every half second or so: to fetch them
             # is to wait for it.
             # A host that runs ahead of a GPU must go by the count, not by its own clock.
@@ -391,6 +422,7 @@ def train(trainer, epochs, log, save_checkpoint, videos, sample_every, checkpoin
                 bar.set_postfix_str(f"{took}/epoch, {figures}", refresh=False)
                 bar.update(len(waiting))
                 waiting = []
+                check_finite(trainer.epoch, losses)
                 if sample_now:
                     show_samples(trainer, log, videos)
                 if time.perf_counter() - plotted > PLOT_EVERY:
@@ -398,6 +430,7 @@ def train(trainer, epochs, log, save_checkpoint, videos, sample_every, checkpoin
                     plotted = time.perf_counter()
                 if save_now:
                     save_checkpoint()
+                    saved = time.perf_counter()
                 since = time.perf_counter()
 
 

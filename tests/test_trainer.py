@@ -1,6 +1,7 @@
 import contextlib
 import copy
 import time
+from itertools import pairwise
 from unittest import mock
 
 import numpy as np
@@ -11,11 +12,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import checkpoint
+import models
 import trainer as trainer_module
 from benchmark import ByTheBook
 from data import ClipDataset
 from trainer import Trainer, fixed, train
-from utils import UserError
+from utils import TrainingError, UserError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")
 
@@ -229,45 +232,81 @@ def test_sampling_leaves_no_trace(clips):
     torch.testing.assert_close(video[3:4], alone)
 
 
-def test_goes_on_exactly_from_a_checkpoint(clips, tmp_path):
-    settings = {"size": 32, "frames": 16, "lr": 2e-4, "batch_size": 2}
+def through_a_file(state, path):
+    checkpoint.write(path / "checkpoint.pt", state)
+    return checkpoint.read(path / "checkpoint.pt")
+
+
+def test_goes_on_exactly_from_a_state(clips, tmp_path):
     whole = Trainer(clips, batch_size=2)
     for _ in range(4):
         whole.train_epoch()
     first = Trainer(clips, batch_size=2)
     for _ in range(2):
         first.train_epoch()
-    first.save(tmp_path / "checkpoint.pt", settings)
     second = Trainer(clips, batch_size=2, seed=99)
-    assert second.load(tmp_path / "checkpoint.pt", settings) == []
-    assert second.epoch == 2
+    second.load_state(through_a_file(first.state(), tmp_path))
+    assert second.epoch == 2 and second.seed == 0
     for _ in range(2):
         second.train_epoch()
     assert same(state_of(whole), state_of(second))
     assert torch.equal(whole.sample(), second.sample())
 
 
-def test_loading_says_what_is_different(clips, tmp_path):
-    path = tmp_path / "checkpoint.pt"
+def test_a_state_of_before_the_first_epoch(clips, tmp_path):
+    first, second = (Trainer(clips, batch_size=2, seed=seed) for seed in (0, 1))
+    second.load_state(through_a_file(first.state(), tmp_path))
+    assert torch.equal(first.train_epoch(), second.train_epoch())
+    assert same(state_of(first), state_of(second))
+
+
+def test_the_learning_rate_is_that_of_now(clips):
+    first, second = Trainer(clips, batch_size=2), Trainer(clips, batch_size=4, lr=1e-4)
+    first.train_epoch()
+    second.load_state(first.state())
+    for optimizer in (second.optimizer_d, second.optimizer_g):
+        assert [group["lr"] for group in optimizer.param_groups] == [1e-4]
+    weights = state_of(second)
+    second.train_epoch()
+    steps = [(state_of(second)[key] - weights[key]).abs().max() for key in ("G_I.main.0.weight",)]
+    assert 0 < max(steps) < 1.5e-4  # Adam's steps are about as long as its rate
+
+
+def test_networks_of_other_shapes_are_listed(clips, monkeypatch):
+    state = Trainer(clips, batch_size=2).state()
+    assert Trainer(clips, batch_size=2).differences(state) == []
+    monkeypatch.setattr(models, "DIM_CONTENT", 70)
+    other = Trainer(clips, batch_size=2)
+    other.image_discriminator.main.append(nn.BatchNorm2d(1))
+    assert other.differences(state) == [
+        "G_I main.0.weight was 60×512×2×2, is 80×512×2×2 now",
+        *(
+            f"D_I main.9.{name} was absent, is {shape} now"
+            for name, shape in (
+                ("weight", 1),
+                ("bias", 1),
+                ("running_mean", 1),
+                ("running_var", 1),
+                ("num_batches_tracked", "a number"),
+            )
+        ),
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["weight", "moment", "running mean"])
+def test_a_state_that_is_not_finite_is_not_given_away(clips, where, value):
     trainer = Trainer(clips, batch_size=2)
     trainer.train_epoch()
-    old = {"size": 32, "frames": 16, "lr": 2e-4, "batch_size": 2}
-    trainer.save(path, old)
-    trainer = Trainer(clips, batch_size=4, lr=1e-4)
-    changed = trainer.load(path, old | {"lr": 1e-4, "batch_size": 4})
-    assert changed == ["lr was 0.0002, is 0.0001 now", "batch_size was 2, is 4 now"]
-    assert all(g["lr"] == 1e-4 for g in trainer.optimizer_d.param_groups)
-    with pytest.raises(UserError, match="size was 32, is 64 now; frames was 16, is 32 now"):
-        trainer.load(path, old | {"size": 64, "frames": 32})
-    whole = path.read_bytes()
-    others = [{"format": 2}, torch.zeros(3)]
-    for content in (whole[:100_000], b"", b"hello", *others):
-        torch.save(content, path) if not isinstance(content, bytes) else path.write_bytes(content)
-        with pytest.raises(UserError, match="not a checkpoint"):
-            trainer.load(path, old)
-    torch.save({"format": 1, "settings": old}, path)
-    with pytest.raises(UserError, match="of another version of this program"):
-        trainer.load(path, old)
+    spoilt = {
+        "weight": trainer.generator.motion_rnn.gru.bias_hh_l0.data,
+        "moment": trainer.optimizer_d.state[trainer.discriminator_weights[-1]]["exp_avg_sq"],
+        "running mean": trainer.video_discriminator.main[3].running_mean,
+    }[where]
+    trainer.state()
+    spoilt.view(-1)[3 % spoilt.numel()] = value
+    with pytest.raises(TrainingError, match="after epoch 1 weights or their moments are not fin"):
+        trainer.state()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -293,8 +332,7 @@ def test_no_reading_ahead_is_lost_or_repeated(clips, tmp_path):
     assert first.ahead.ahead is not None  # a third is being read, or has been
     second.next_pixels()  # as is one of the run that is left
     second.graph = "of the run that is left"
-    first.save(tmp_path / "checkpoint.pt", {"size": 32, "frames": 16})
-    second.load(tmp_path / "checkpoint.pt", {"size": 32, "frames": 16})
+    second.load_state(through_a_file(first.state(), tmp_path))
     for batch in batches[2:]:
         assert torch.equal(second.next_pixels(), batch)
     assert second.graph is None
@@ -302,22 +340,20 @@ def test_no_reading_ahead_is_lost_or_repeated(clips, tmp_path):
 
 def test_the_state_of_another_device_is_left(clips, tmp_path):
     """A checkpoint of a CUDA run: its random states, and Adam's options, mean nothing here."""
-    path, settings = tmp_path / "checkpoint.pt", {"size": 32, "frames": 16}
     trainer = Trainer(clips, batch_size=2)
     trainer.train_epoch()
-    trainer.save(path, settings)
-    checkpoint = torch.load(path, weights_only=True)
-    state = torch.zeros(16, dtype=torch.uint8)  # as CUDA's generator has it
-    checkpoint["rng"] = {"device": "cuda", "draws": state, "clips": None}
+    state = trainer.state()
+    of_cuda = torch.zeros(16, dtype=torch.uint8)  # as CUDA's generator has it
+    state["rng"] = {"device": "cuda", "draws": of_cuda, "clips": None}
     for optimizer in ("optimizer_d", "optimizer_g"):
-        checkpoint[optimizer]["param_groups"][0]["capturable"] = True
-        for moments in checkpoint[optimizer]["state"].values():
+        state[optimizer]["param_groups"][0]["capturable"] = True
+        for moments in state[optimizer]["state"].values():
             for name in ("exp_avg", "exp_avg_sq"):  # as on Apple's GPU: in the default layout
                 moments[name] = moments[name].contiguous()
-    torch.save(checkpoint, path)
+    state = through_a_file(state, tmp_path)
     runs = [Trainer(clips, batch_size=2, seed=0) for _ in range(2)]
     for run in runs:
-        run.load(path, settings)
+        run.load_state(state)
         assert run.epoch == 1 and not run.optimizer_d.param_groups[0]["capturable"]
         for weight, moments in run.optimizer_d.state.items():
             assert weight.stride() == moments["exp_avg"].stride()
@@ -353,22 +389,21 @@ def test_a_batch_that_failed_is_read_again(clips, monkeypatch):
         assert torch.equal(trainer.next_pixels(), expected.next_pixels())
 
 
-@pytest.mark.parametrize("damage", ["rng", "networks", "moments", "an old rng"])
-def test_a_checkpoint_with_parts_amiss_is_one_line(clips, tmp_path, damage):
-    path, settings = tmp_path / "checkpoint.pt", {"size": 32, "frames": 16}
+@pytest.mark.parametrize("damage", ["rng", "networks", "moments", "no moments", "an old rng"])
+def test_a_state_with_parts_amiss_is_refused(clips, tmp_path, damage):
     trainer = Trainer(clips, batch_size=2)
     trainer.train_epoch()
-    trainer.save(path, settings)
-    checkpoint = torch.load(path, weights_only=True)
+    state = trainer.state()
     if damage == "moments":
-        checkpoint["optimizer_d"]["state"][0]["exp_avg"] = torch.zeros(1)
+        state["optimizer_d"]["state"][0]["exp_avg"] = torch.zeros(1)
+    elif damage == "no moments":
+        state["optimizer_d"]["state"] = {}
     elif damage == "an old rng":
-        checkpoint["rng"] = checkpoint["rng"]["draws"]
+        state["rng"] = state["rng"]["draws"]
     else:
-        del checkpoint[damage]
-    torch.save(checkpoint, path)
-    with pytest.raises(UserError, match="a damaged checkpoint"):
-        Trainer(clips, batch_size=2).load(path, settings)
+        del state[damage]
+    with pytest.raises(ValueError):
+        Trainer(clips, batch_size=2).load_state(state)
 
 
 def test_weights_are_fixed_for_as_long_as_it_says():
@@ -545,6 +580,58 @@ def test_losses_are_fetched_seldom_and_all(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         f"epoch-{epoch:06d}.gif" for epoch in (0, 1500, 3000, 4500, 5000)
     ]
+
+
+def test_checkpoints_come_by_time_too(tmp_path):
+    class Slow(Quick):
+        def train_epoch(self):
+            time.sleep(0.02)
+            return super().train_epoch()
+
+    saved, trainer = [], Slow()
+    train(trainer, 100, mock.Mock(), lambda: saved.append(trainer.epoch), tmp_path, 99, 40, 0.5)
+    assert {40, 80, 100} <= set(saved) and 5 <= len(saved) <= 8
+    assert all(later - earlier <= 27 for earlier, later in pairwise(saved))
+    saved.clear()
+    trainer = Slow()
+    train(trainer, 10, mock.Mock(), lambda: saved.append(trainer.epoch), tmp_path, 99, 40, 0)
+    assert saved == list(range(1, 11))
+
+
+def test_a_stop_ends_the_epoch_and_saves(tmp_path):
+    """Whenever it comes: in an epoch, while the samples of one are made, while one is saved."""
+    for when in ("train_epoch", "sample", "save"):
+        stop, saved, trainer = [], [], Quick()
+
+        def noting(function, name, when=when, stop=stop, trainer=trainer):
+            def wrapped(*args):
+                if name == when and trainer.epoch == 4:
+                    stop.append(2)
+                return function(*args)
+
+            return wrapped
+
+        trainer.sample = noting(trainer.sample, "sample")
+        trainer.train_epoch = noting(trainer.train_epoch, "train_epoch")
+        save = noting(lambda saved=saved, t=trainer: saved.append(t.epoch), "save")
+        train(trainer, 100, mock.Mock(), save, tmp_path, 4, 4, stop=stop)
+        assert trainer.epoch == 5 and saved == [4, 5], when
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_not_saved(tmp_path, value):
+    class Bad(Quick):
+        def train_epoch(self):
+            losses = super().train_epoch()
+            losses[1] = value if self.epoch == 1234 else 1
+            return losses
+
+    log, saved, trainer = mock.Mock(), [], Bad()
+    with pytest.raises(TrainingError, match=rf"at epoch 1234 the losses \(D_V: {value}\) are not"):
+        train(trainer, 5000, log, lambda: saved.append(trainer.epoch), tmp_path, 5000, 100)
+    assert saved[-1] == 1200
+    logged = torch.cat([call.args[1] for call in log.add.call_args_list])
+    assert not logged[1233].isfinite().all()  # for people to see
 
 
 def test_losses_are_shown_twice_a_second(tmp_path):
