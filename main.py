@@ -8,25 +8,39 @@ Look at generated_videos/*.gif and trained_models/losses.png while it runs, or a
 `tensorboard --logdir trained_models`.
 """
 
+import contextlib
+import re
+import shlex
+import sys
 from pathlib import Path
 
 import torch
 
+from checkpoint import Checkpoints
 from data import ClipDataset
 from trainer import Trainer, parameters, train
 from utils import (
+    IN_IPYTHON,
     LossLog,
     Parser,
+    TrainingError,
     UserError,
+    alone_in,
+    end,
+    is_out_of_memory,
     move_old_run,
     number,
     one_line_errors,
+    remove_parts,
     save_gif,
     set_up_machine,
+    signals_noted,
     video_grid,
+    what_failed,
 )
 
-EPOCHS, SAMPLE_EVERY, CHECKPOINT_EVERY = 40_000, 1000, 5000  # the defaults
+# the defaults
+EPOCHS, SAMPLE_EVERY, CHECKPOINT_EVERY, CHECKPOINT_MINUTES = 40_000, 1000, 5000, 10.0
 
 
 def parse(argv=None):
@@ -62,6 +76,18 @@ def parse(argv=None):
         default=CHECKPOINT_EVERY,
         help="epochs between checkpoints",
     )
+    add(
+        "--checkpoint-minutes",
+        type=number(float, 0),
+        default=CHECKPOINT_MINUTES,
+        help="minutes after which there is a checkpoint anyway",
+    )
+    add("--keep", type=number(int, 0), default=0, help="how many numbered checkpoints to keep, too")
+    add(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU, give the same bits every time, more slowly; the CPU always does",
+    )
     return parser, parser.parse_args(argv)
 
 
@@ -93,90 +119,173 @@ def pick_precision(name, device):
     return "bf16" if native else "fp32"
 
 
-def run(args):
+def run(args, to_go_on):
+    """Train as `args` say. to_go_on: the command that goes on where this one was stopped."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    checkpoint = args.models / "checkpoint.pt"
     for folder in (args.models, args.videos):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is not a folder")
-    if args.pre_train == 1 and not checkpoint.is_file():
+    checkpoints = Checkpoints(args.models, args.keep)
+    if args.pre_train == 1 and not checkpoints.there():
         raise UserError(
-            f"--pre-train 1: {checkpoint} is not there; leave the flag out to start anew"
+            f"--pre-train 1: {checkpoints.newest} is not there; leave the flag out to start anew"
         )
-
     clips = ClipDataset(args.data, args.frames)
     for line in clips.skipped:
         print(f"left out: {line}")
-    set_up_machine(device)
-    trainer = Trainer(
-        clips, args.batch_size, args.lr, args.seed, device, precision, graph=not args.no_graph
-    )
-    args.models.mkdir(parents=True, exist_ok=True)
-    args.videos.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "size": clips.size,
-        "frames": args.frames,
-        "batch_size": args.batch_size,
-        "lr": args.lr,
-        "seed": args.seed,
-        "precision": precision,
-    }
-    if args.pre_train == 1:
-        for line in trainer.load(checkpoint, settings):
-            print(f"note: {line}")
-    else:
-        for folder in move_old_run(args.models, args.videos):
-            print(f"an older run was moved to {folder}")
+    set_up_machine(device, args.deterministic)
 
+    with alone_in(args.models, args.videos), one_line_failures(checkpoints, to_go_on):
+        trainer = Trainer(
+            clips, args.batch_size, args.lr, args.seed, device, precision, graph=not args.no_graph
+        )
+        settings = {
+            "size": clips.size,
+            "frames": args.frames,
+            "batch_size": args.batch_size,
+            "lr": args.lr,
+            "epochs": args.epochs,
+            "sample_every": args.sample_every,
+            "checkpoint_every": args.checkpoint_every,
+            "checkpoint_minutes": args.checkpoint_minutes,
+            "keep": args.keep,
+            "device": device.type,
+            "threads": torch.get_num_threads(),
+            "precision": precision,
+            "deterministic": args.deterministic,
+            "torch": str(torch.__version__),
+        }
+        data = clips.fingerprint()
+        remove_parts(args.models, args.videos)
+        if args.pre_train == 1:
+            go_on(trainer, checkpoints, settings, data)
+            if trainer.seed != args.seed:
+                print(f"note: --seed {args.seed} has no effect: this run has {trainer.seed}")
+            if trainer.epoch >= args.epochs:
+                path = checkpoints.good[0]
+                print(f"nothing to do: {path} is at epoch {trainer.epoch}; raise --epochs to go on")
+                return
+        else:
+            for folder in move_old_run(args.models, args.videos):
+                print(f"an older run was moved to {folder}")
+        describe(args, trainer, precision)
+        if not (args.videos / "real.gif").exists():
+            save_gif(args.videos / "real.gif", video_grid(trainer.real_sample(args.seed)))
+
+        with signals_noted() as stop, LossLog(args.models, trainer.epoch) as log:
+
+            def save():
+                state = trainer.state()
+                log.sync()
+                checkpoints.save({**state, "settings": settings, "data": data})
+
+            train(
+                trainer,
+                args.epochs,
+                log,
+                save,
+                args.videos,
+                args.sample_every,
+                args.checkpoint_every,
+                args.checkpoint_minutes * 60,
+                stop,
+            )
+    if trainer.epoch < args.epochs:
+        told = f"stopped after epoch {trainer.epoch}, saved to {checkpoints.newest}; to go on:"
+        return end(128 + stop[0], f"{told}\n{to_go_on}")
+    print(f"done: {args.videos / f'epoch-{trainer.epoch:06d}.gif'}, {checkpoints.newest}")
+
+
+def go_on(trainer, checkpoints, settings, data):
+    """Bring `trainer` to the newest sound checkpoint, and say what is another now than it was.
+
+    settings, data: those of now, as they stand in a checkpoint. Raises UserError if no checkpoint
+    is sound, or if that one is of other networks or of clips of another shape.
+    """
+    state, damaged = checkpoints.load()
+    path, epoch = checkpoints.good
+    for line in damaged:
+        print(f"warning: {line}")
+    if path != checkpoints.newest:
+        print(f"warning: going on from {path}, of epoch {epoch}")
+    try:
+        old, old_data = state["settings"], state["data"]
+        changed = {
+            name: f"{name} was {old.get(name)}, is {value} now"
+            for name, value in settings.items()
+            if old.get(name) != value
+        }
+        other = [changed.pop(name) for name in ("size", "frames") if name in changed]
+        other += trainer.differences(state)
+        if other:
+            raise UserError(f"{path}: cannot go on with other networks: {'; '.join(other)}")
+        trainer.load_state(state)
+        for line in changed.values():
+            print(f"note: {line}")
+        if data != old_data:
+            print(
+                f"note: the clips are not those of the checkpoint: {old_data['clips']} clips of "
+                f"{old_data['frames']} frames then, {data['clips']} of {data['frames']} now"
+            )
+    except (AttributeError, LookupError, TypeError, ValueError) as reason:
+        raise UserError(f"{path}: not a checkpoint that main.py wrote ({reason!r})") from reason
+
+
+def describe(args, trainer, precision):
+    """Print what is trained, on what, and where to look."""
+    device, clips = trainer.device, trainer.clips
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cpu":
         where += f", {torch.get_num_threads()} threads"
     actions = f"{len(clips.actions)} actions ({' '.join(clips.actions)})"
     print(f"device    {where}, {precision}")
     print(
-        f"data      {args.data}: {len(clips)} clips, {clips.lengths.sum()} frames "
+        f"data      {args.data}: {len(clips)} clips, {clips.number_of_frames} frames "
         f"of {clips.size}×{clips.size}, {actions if clips.actions else 'no action folders'}"
     )
     sizes = (f"{name} {parameters(net):,}" for name, net in trainer.networks.items())
     print(f"networks  {', '.join(sizes)} parameters")
     print(
         f"output    {args.videos}: a GIF every {args.sample_every} epochs; "
-        f"{args.models}: a checkpoint every {args.checkpoint_every}, losses.csv, losses.png"
+        f"{args.models}: a checkpoint every {args.checkpoint_every} or "
+        f"{args.checkpoint_minutes:g} minutes, losses.csv, losses.png"
     )
-    if trainer.epoch >= args.epochs:
-        print(f"nothing to do: {checkpoint} is at epoch {trainer.epoch}; raise --epochs to go on")
-        return
     print(f"training  batch {args.batch_size}, epochs {trainer.epoch + 1} to {args.epochs}")
 
-    if not (args.videos / "real.gif").exists():
-        save_gif(args.videos / "real.gif", video_grid(trainer.real_sample(args.seed)))
-    log = LossLog(args.models, trainer.epoch)
+
+@contextlib.contextmanager
+def one_line_failures(checkpoints, to_go_on):
+    """Say in one line what ended a training, what is safe, and what to do."""
     try:
-        train(
-            trainer,
-            args.epochs,
-            log,
-            save_checkpoint=lambda: trainer.save(checkpoint, settings),
-            videos=args.videos,
-            sample_every=args.sample_every,
-            checkpoint_every=args.checkpoint_every,
-        )
+        yield
     except KeyboardInterrupt:
-        if checkpoint.exists():
-            print(f"\n{checkpoint} is safe; --pre-train 1 goes on from it")
-        else:
-            print(f"\nno checkpoint had been made by epoch {trainer.epoch}: see --checkpoint-every")
+        after = f"; to go on:\n{to_go_on}" if checkpoints.good else ""
+        print(f"\nstopped at once; {checkpoints.safe()}{after}")
         raise
-    finally:
-        log.close()
-    print(f"done: {args.videos / f'epoch-{trainer.epoch:06d}.gif'}, {checkpoint}")
+    except (TrainingError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, TrainingError):
+            what = str(error)
+        elif is_out_of_memory(error):
+            asked_for = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+            more = f" for {asked_for[1]} more" if asked_for else ""
+            what = f"not enough memory{more}: try a smaller --batch-size"
+        elif isinstance(error, OSError):
+            what = what_failed(error)
+        else:
+            raise
+        after = f"; to go on: {to_go_on}" if checkpoints.good else ""
+        raise TrainingError(f"{what}; {checkpoints.safe()}{after}") from error
 
 
 def main(argv=None):
     parser, args = parse(argv)
+    command = sys.argv if argv is None else [parser.prog, *argv]
+    if args.pre_train != 1:
+        command = [*command, "--pre-train", "1"]
+    program = "%run" if IN_IPYTHON else "python"
     with one_line_errors(parser):
-        run(args)
+        run(args, f"{program} {shlex.join(command)}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ import synthetic
 from utils import (
     Parser,
     UserError,
+    alone_in,
     files_below,
     number,
     one_line_errors,
@@ -393,7 +394,8 @@ def parse(argv=None):
 
 def make_arrays(args):
     if args.download:
-        download(args.raw, args.url)
+        with alone_in(args.raw):
+            download(args.raw, args.url)
     if args.synthetic:
         sources, skipped = synthetic_clips(), []
         if others := [array for array in arrays_in(args.out) if array not in sources]:
@@ -408,17 +410,17 @@ def make_arrays(args):
                 f"no videos in {args.raw}; put some into a folder for each action there, "
                 "fetch the Weizmann clips with --download, or draw some with --synthetic"
             )
-    args.out.mkdir(parents=True, exist_ok=True)
-    done, failed = convert(sources, args.out, args.size, args.every)
-    skipped += failed
-    for name, reason in skipped:
-        print(f"skipped {name}: {reason}")
-    if not done:
-        raise UserError(
-            f"none of {len(skipped)} files gave a clip ({skipped[0][0]}: {skipped[0][1]}); "
-            "try others, or --download, or --synthetic"
-        )
-    remove_drawn(args.out, keep=done)
+    with alone_in(args.out):
+        done, failed = convert(sources, args.out, args.size, args.every)
+        skipped += failed
+        for name, reason in skipped:
+            print(f"skipped {name}: {reason}")
+        if not done:
+            raise UserError(
+                f"none of {len(skipped)} files gave a clip ({skipped[0][0]}: {skipped[0][1]}); "
+                "try others, or --download, or --synthetic"
+            )
+        remove_drawn(args.out, keep=done)
     actions = {array.parts[0] for array in done if len(array.parts) > 1}
     print(
         f"{len(done)} clips, {sum(done.values())} frames, {len(actions)} actions → {args.out} "

@@ -2,10 +2,8 @@ import csv
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -78,6 +76,7 @@ def test_usage_is_the_published_one():
     )
     defaults = "frames 16, lr 0.0002, seed 0, device auto, data resized_data, models trained_models"
     defaults += ", videos generated_videos, sample-every 1000, checkpoint-every 5000"
+    defaults += ", checkpoint-minutes 10.0, keep 0"
     for default in defaults.split(", "):
         name, value = default.split()
         assert re.search(rf"--{name} [A-Z_]+ [^()]*\(default: {re.escape(value)}\)", said), name
@@ -155,6 +154,7 @@ def test_samples_come_from_the_same_noise(finished):
 
 
 def test_pieces_make_the_same_run(finished, folders):
+    """At full width; test_resume.py has the rest."""
     folders.train("--epochs=2", "--sample-every=2", "--checkpoint-every=3")
     folders.train("--epochs=5", "--sample-every=2", "--checkpoint-every=3", "--pre-train=1")
     whole, pieces = finished[0].checkpoint(), folders.checkpoint()
@@ -171,33 +171,16 @@ def test_pieces_make_the_same_run(finished, folders):
 
 def test_nothing_to_do_when_it_is_done(finished, capsys):
     folders = finished[0]
-    before = {p: p.stat().st_mtime_ns for p in folders.models.parent.rglob("*")}
+    before = {p: p.stat().st_mtime_ns for p in folders.models.parent.rglob("[!.]*.*")}
     folders.train("--epochs=5", "--pre-train=1")
     assert "nothing to do" in capsys.readouterr().out.splitlines()[-1]
-    assert before == {p: p.stat().st_mtime_ns for p in folders.models.parent.rglob("*")}
-
-
-def test_what_was_logged_after_the_checkpoint_is_logged_once(folders):
-    """A run killed after its checkpoint: the losses that go on from it replace those after it."""
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "main.py", *folders.args, "--epochs=1000", "--checkpoint-every=2"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    path = folders.models / "losses.csv"
-    while not path.exists() or path.read_text().count("\n") < 6:
-        assert process.poll() is None, "it ended by itself"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    epoch = folders.checkpoint()["epoch"]
-    folders.train(f"--epochs={epoch + 2}", "--pre-train=1")
-    assert [int(row["epoch"]) for row in folders.losses()] == list(range(1, epoch + 3))
+    assert before == {p: p.stat().st_mtime_ns for p in folders.models.parent.rglob("[!.]*.*")}
 
 
 def test_a_new_run_moves_the_old_one(folders, capsys):
     folders.train("--epochs=1")
-    old = {p.name: p.read_bytes() for d in (folders.models, folders.videos) for p in d.iterdir()}
+    of_the_run = [*folders.models.glob("[!.]*"), *folders.videos.glob("[!.]*")]
+    old = {path.name: path.read_bytes() for path in of_the_run}
     capsys.readouterr()
     folders.train("--epochs=1", "--seed=1")
     said = capsys.readouterr().out.splitlines()
@@ -249,6 +232,15 @@ def test_auto_takes_what_is_there():
         (["--precision=fp8"], "invalid choice"),
         (["--sample-every=0"], "'0' is not a whole number from 1"),
         (["--checkpoint-every=0"], "'0' is not a whole number from 1"),
+        (["--checkpoint-minutes=-1"], "'-1' is not a number from 0"),
+        (["--checkpoint-minutes=nan"], "'nan' is not a number from 0"),
+        (["--keep=-1"], "'-1' is not a whole number from 0"),
+        (["--keep=some"], "'some' is not a whole number from 0"),
+        (["--epochs="], "'' is not a whole number from 1"),
+        (["--batch-size"], "expected one argument"),
+        (["--lr=2"], "'2' is not a number from 1e-12 to 1"),
+        (["--seed=9223372036854775808"], "is not a whole number from 0 to 9223372036854775807"),
+        (["--frames=1000"], "no usable clips"),
         (["--what"], "unrecognized arguments: --what"),
         ([f"--models={__file__}"], "test_main.py is not a folder"),
         (["--data=nowhere"], "nowhere: no such folder; make it with resize.py"),
@@ -262,37 +254,6 @@ def test_bad_flags_get_one_line(folders, capsys, args, message):
     assert exit_.value.code == 2
     assert error.startswith("main.py: error: ") and error.count("\n") == 1 and message in error
     assert not folders.models.exists() and not folders.videos.exists()
-
-
-def test_a_checkpoint_that_is_none(folders, capsys):
-    folders.models.mkdir()
-    (folders.models / "checkpoint.pt").write_text("hello")
-    with pytest.raises(SystemExit) as exit_:
-        folders.train("--pre-train=1")
-    assert exit_.value.code == 2
-    assert "not a checkpoint of this program" in capsys.readouterr().err
-    assert (folders.models / "checkpoint.pt").read_text() == "hello"
-
-
-@pytest.mark.parametrize(
-    "every, said",
-    [(2, "is safe; --pre-train 1 goes on"), (5000, "no checkpoint had been made by epoch 3")],
-)
-def test_ctrl_c_says_what_is_safe(folders, capsys, monkeypatch, every, said):
-    update = main.Trainer.update
-
-    def interrupted(trainer, *batch):
-        if trainer.epoch == 3:
-            raise KeyboardInterrupt
-        return update(trainer, *batch)
-
-    monkeypatch.setattr(main.Trainer, "update", interrupted)
-    with pytest.raises(SystemExit) as exit_:
-        folders.train("--epochs=9", f"--checkpoint-every={every}")
-    out, error = capsys.readouterr()
-    assert exit_.value.code == 130 and "Traceback" not in error
-    assert said in out and error.endswith("main.py: stopped\n")
-    assert (folders.models / "checkpoint.pt").exists() == (every == 2)
 
 
 def test_twice_over_in_one_ipython_kernel(tmp_path):

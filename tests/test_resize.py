@@ -240,7 +240,7 @@ def test_bad_files_are_named_and_counted(tmp_path, capsys, drawn):
         "words.jpg": "not an image that can be read",
         "photo.png": "180×144 is not a strip of square frames",
     }
-    assert sorted(p.name for p in out.iterdir()) == ["clips.jsonl", "good.npy"]
+    assert sorted(p.name for p in out.glob("[!.]*")) == ["clips.jsonl", "good.npy"]
     (raw / "good.avi").write_text("hello")  # nothing is left: an error, and the array stays
     assert "none of 8 files gave a clip" in refused(capsys, "--raw", raw, "--out", out)
     assert np.load(out / "good.npy").shape == (16, 96, 96, 3)
@@ -563,7 +563,7 @@ def test_no_server_no_file_and_damaged_files(zips, tmp_path, capsys):
     for content in (bytes(damaged), b"<html>busy</html>", zips["bend.zip"][:5000]):
         with Server(zips | {"bend.zip": content}) as server:
             assert "not a sound zip" in fails(server.url)
-        assert not list((tmp_path / "raw").iterdir())
+        assert not list((tmp_path / "raw").glob("[!.]*"))
 
 
 @pytest.mark.parametrize("name", ["../evil.avi", "/tmp/evil.avi", "a/../../evil.avi"])
@@ -573,5 +573,5 @@ def test_no_member_leaves_its_folder(tmp_path, capsys, name):
     (raw / "bend.zip").write_bytes(make_zip({"good.avi": b"1", name: b"2"}))
     line = refused(capsys, "--download", "--url", "http://127.0.0.1:1", "--raw", raw)
     assert f"refused, {name} would land outside" in line
-    assert [p.name for p in tmp_path.rglob("*")] == ["raw", "bend.zip"]
+    assert [p.name for p in tmp_path.rglob("[!.]*")] == ["raw", "bend.zip"]
     assert not Path("/tmp/evil.avi").exists()
