@@ -159,9 +159,11 @@ class Checkpoints:
 
     def safe(self):
         """What is safe, for people."""
-        if self.good is None:
-            return f"no checkpoint had been made; what was in {self.folder} is untouched"
-        return "{} of epoch {} is safe".format(*self.good)
+        if self.good:
+            return "{} of epoch {} is safe".format(*self.good)
+        if self.there():
+            return f"the checkpoints in {self.folder} are untouched"
+        return "no checkpoint had been made"
 
 
 def link_or_copy(source, target):

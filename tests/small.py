@@ -2,13 +2,13 @@
 
     python tests/small.py --data ...        # as main.py
 
-Everything but the number of channels is the product's own code. To import this makes the networks
-of the process small, so only processes of their own do.
+Everything but the number of channels is the product's own code.
 """
 
 import copy
 import os
 import sys
+import time
 from pathlib import Path
 
 from torch import nn
@@ -19,6 +19,7 @@ import torch
 import torch.utils.tensorboard  # so that it, too, is there before a fork
 
 import main
+import models
 import trainer
 
 
@@ -50,9 +51,22 @@ def small(network):
     return Small
 
 
-def make_small(patch=setattr):
+def make_small():
+    """Make the networks of this process small."""
+    torch.set_num_threads(1)  # two that wait for each other are slower, at this size
     for name in ("VideoGenerator", "ImageDiscriminator", "VideoDiscriminator"):
-        patch(trainer, name, small(getattr(trainer, name)))
+        setattr(trainer, name, small(getattr(models, name)))
+
+
+def make_slow():
+    """Have an epoch take a fifth of a second."""
+    update = trainer.Trainer.update
+
+    def slow(*args):
+        time.sleep(0.2)
+        return update(*args)
+
+    trainer.Trainer.update = slow
 
 
 def process(args, said, prepare=None):
@@ -64,13 +78,12 @@ def process(args, said, prepare=None):
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
+    make_small()
     if prepare:
         prepare()
     main.main([str(arg) for arg in args])
 
 
-make_small()
-torch.set_num_threads(1)  # two that wait for each other are slower, at this size
-
 if __name__ == "__main__":
+    make_small()
     main.main()

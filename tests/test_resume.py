@@ -23,6 +23,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import small
 import torch
 from conftest import ROOT
 from jupyter_client.manager import start_new_kernel
@@ -54,8 +55,6 @@ class Run:
         self.flags += [f"--epochs={EPOCHS}", "--checkpoint-every=1"]
 
     def start(self, *flags, prepare=None):
-        import small
-
         self.path.mkdir(exist_ok=True)
         args = [*self.flags, *flags], self.said, prepare
         process = self.processes.Process(target=small.process, args=args)
@@ -284,24 +283,23 @@ def test_killed_at_each_step_of_a_checkpoint(processes, clips_folder, whole, tmp
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_epoch_and_saves(run, whole, number, status):
-    process = run.start("--checkpoint-every=1000", "--epochs=100000")
-    run.wait_for_epoch(3, process)
+    process = run.start("--checkpoint-every=1000", "--epochs=100000", prepare=small.make_slow)
+    run.wait_for_epoch(2, process)
     os.kill(process.pid, number)
     process.join(60)
     said = run.said.read_text()
     assert process.exitcode == status and "Traceback" not in said
     epoch = run.checkpoint()["epoch"]
-    assert epoch >= 3 and [int(row[0]) for row in run.losses()] == list(range(1, epoch + 1))
+    assert 2 <= epoch < EPOCHS
+    assert [int(row[0]) for row in run.losses()] == list(range(1, epoch + 1))
     assert "ending with this epoch" in said
     told, command = said.splitlines()[-2:]
     newest = run.models / "checkpoint.pt"
     assert told == f"stopped after epoch {epoch}, saved to {newest}; to go on:"
     words = shlex.split(command)
     assert words[:2] == ["python", "main.py"] and words[-2:] == ["--pre-train", "1"]
-    if epoch < EPOCHS:  # as typed, but for the program
-        words = [word for word in words[2:] if not word.startswith("--epochs")]
-        run.train(*words, "--checkpoint-every=1")
-        assert_same(run, whole)
+    run.train(*words[2:], "--checkpoint-every=1", f"--epochs={EPOCHS}")
+    assert_same(run, whole)
 
 
 def test_ctrl_c_of_the_real_thing(clips_folder, tmp_path):
@@ -348,16 +346,16 @@ def test_the_stop_button_of_a_notebook(run, whole):
             client.execute_interactive(code, timeout=120, output_hook=hear)
             return "".join(said)
 
+        cell("import small; small.make_slow()")
         printed = cell(f"%run {script} --epochs 100000 --checkpoint-every 100000")
         epoch = run.checkpoint()["epoch"]
-        assert epoch >= 1 and f"stopped after epoch {epoch}, saved to " in printed
+        assert 1 <= epoch < EPOCHS and f"stopped after epoch {epoch}, saved to " in printed
         assert not re.search("Traceback|KeyboardInterrupt|SystemExit|exception", printed)
         (go_on,) = re.findall(r"^%run .*small\.py .*--pre-train 1$", printed, re.MULTILINE)
         assert cell("print(6 * 7)") == "42\n"
-        if epoch < EPOCHS:
-            go_on = go_on.replace("--epochs 100000 ", "").replace("every 100000", "every 1")
-            assert "done: " in cell(go_on)
-            assert_same(run, whole)
+        go_on = go_on.replace("--epochs 100000 ", "").replace("every 100000", "every 1")
+        assert "done: " in cell(go_on)
+        assert_same(run, whole)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
@@ -523,7 +521,7 @@ def test_a_batch_that_memory_does_not_hold(run):
     assert re.match(
         r"not enough memory( for \d+ bytes more)?: try a smaller --batch-size; no", line
     )
-    assert f"no checkpoint had been made; what was in {run.models} is untouched" in line
+    assert line.endswith("; no checkpoint had been made")
 
 
 def test_clips_that_go_away(run, whole, tmp_path, clips_folder):
