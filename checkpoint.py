@@ -5,6 +5,7 @@ asked for, checkpoint-005000.pt and so on. Each is what torch.save writes, then 
 SHA-256 of that, which torch.load passes over.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -13,13 +14,12 @@ import warnings
 
 import torch
 
-from utils import UserError, whole_file
+from utils import UserError, is_out_of_memory, whole_file
 
 FORMAT = 3  # of the content
 MARK = b"\nmocogan checkpoint, sha256 "
 TAIL = len(MARK) + 64 + 1  # the line after the content, in bytes
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
-NUMBERED = re.compile(r"checkpoint-(\d{6,})\.pt")
 
 
 class Damaged(Exception):
@@ -33,10 +33,10 @@ class HashingWriter:
         self.file, self.sha256, self.error = file, hashlib.sha256(), None
 
     def write(self, data):
-        self.sha256.update(data)
         try:
+            self.sha256.update(data)
             return self.file.write(data)
-        except OSError as error:  # torch.save would raise something of its own
+        except BaseException as error:  # OSError, Ctrl-C: torch.save raises something of its own
             self.error = error
             raise
 
@@ -71,11 +71,16 @@ def read(path):
     another version, OSError if it cannot be read.
     """
     sha256, left = hashlib.sha256(), path.stat().st_size - TAIL
-    with open(path, "rb") as file:
-        while left > 0 and (block := file.read(min(left, 1 << 20))):
-            sha256.update(block)
-            left -= len(block)
-        tail = file.read()
+    try:
+        with open(path, "rb") as file:
+            while left > 0 and (block := file.read(min(left, 1 << 20))):
+                sha256.update(block)
+                left -= len(block)
+            tail = file.read()
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise Damaged("a part of the disk cannot be read") from None
     if not tail.startswith(MARK):
         raise Damaged("not a checkpoint of this version of the program, or one cut short")
     if tail != MARK + sha256.hexdigest().encode() + b"\n":
@@ -84,9 +89,11 @@ def read(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
+    except OSError:
         raise
-    except Exception:  # torch.load raises a dozen kinds for what it does not take
+    except Exception as error:  # torch.load raises a dozen kinds for what it does not take
+        if is_out_of_memory(error):
+            raise
         raise Damaged("refused, it holds more than plain values and tensors") from None
     ours = isinstance(content, dict)
     if not ours or not all(isinstance(content.get(name), int) for name in ("format", "epoch")):
@@ -112,25 +119,30 @@ class Checkpoints:
         self.newest, self.previous = folder / NEWEST, folder / PREVIOUS
         self.good = None
 
+    def number(self, epoch):
+        """The path of the numbered checkpoint of that epoch."""
+        return self.folder / f"checkpoint-{epoch:06d}.pt"
+
     def numbered(self):
-        """The numbered checkpoints: a dict from their epochs to their paths, by epoch."""
-        names = map(NUMBERED.fullmatch, os.listdir(self.folder) if self.folder.is_dir() else ())
-        return {
-            epoch: self.folder / f"checkpoint-{epoch:06d}.pt"
-            for epoch in sorted(int(name[1]) for name in names if name)
-        }
+        """The numbered checkpoints that are there: a dict from their epochs to their paths."""
+        digits = (
+            path.stem.removeprefix("checkpoint-") for path in self.folder.glob("checkpoint-*")
+        )
+        paths = {int(d): self.number(int(d)) for d in sorted(digits) if re.fullmatch("[0-9]+", d)}
+        return {epoch: paths[epoch] for epoch in sorted(paths) if paths[epoch].is_file()}
 
     def there(self):
-        """The paths of the checkpoints that are there, the newest first."""
-        paths = self.newest, self.previous, *reversed(self.numbered().values())
-        return [path for path in paths if path.is_file()]
+        """The paths of the checkpoints that are there: checkpoint.pt, then the latest first."""
+        others = [path for path in (self.previous, *self.numbered().values()) if path.is_file()]
+        others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        return [self.newest] * self.newest.is_file() + others
 
     def load(self):
         """The content of the newest checkpoint that is whole, and a line for each that is not.
 
         Raises UserError if none is whole, or if the newest whole one is of another version.
         """
-        damaged = []
+        damaged = [] if self.newest.is_file() else [f"{self.newest} is not there"]
         for path in self.there():
             try:
                 content = read(path)
@@ -139,31 +151,36 @@ class Checkpoints:
                 continue
             self.good = path, content["epoch"]
             return content, damaged
-        raise UserError("; ".join(damaged) or f"{self.newest} is not there")
+        raise UserError(
+            f"{'; '.join(damaged)}; leave --pre-train out to start anew (they are moved, not lost)"
+        )
 
-    def save(self, content):
+    def save(self, content, number=True):
         """Make `content` the newest checkpoint. Raises OSError; the old ones are then untouched.
 
-        At every moment the newest or the one before is whole under its own name.
+        number: whether it is one of those that `keep` counts and keeps. At every moment the newest
+        is whole under its own name, the old one or the new.
         """
         with whole_file(self.newest) as file:
             write_to(file, content)
-            if self.good and self.good[0] == self.newest:  # one found damaged is not kept
+            # Before the new one takes its name, so that the old one is never without. But one that
+            # was found damaged is not kept.
+            if self.good and self.good[0] == self.newest:
                 link_or_copy(self.newest, self.previous)
         self.good = self.newest, content["epoch"]
-        if self.keep:
-            link_or_copy(self.newest, self.folder / f"checkpoint-{content['epoch']:06d}.pt")
+        if self.keep and number:
+            link_or_copy(self.newest, self.number(content["epoch"]))
             up_to_now = [p for epoch, p in self.numbered().items() if epoch <= content["epoch"]]
             for old in up_to_now[: -self.keep]:
                 old.unlink()
 
     def safe(self):
         """What is safe, for people."""
-        if self.good:
+        if self.good and self.good[0].is_file():
             return "{} of epoch {} is safe".format(*self.good)
         if self.there():
             return f"the checkpoints in {self.folder} are untouched"
-        return "no checkpoint had been made"
+        return f"there is no checkpoint in {self.folder}"
 
 
 def link_or_copy(source, target):
@@ -177,3 +194,4 @@ def link_or_copy(source, target):
             shutil.copyfileobj(old, new)
     else:
         os.replace(link, target)
+        link.unlink(missing_ok=True)  # which stays where both are names of one file already

@@ -27,6 +27,7 @@ from utils import (
     UserError,
     alone_in,
     end,
+    folder,
     is_out_of_memory,
     move_old_run,
     number,
@@ -39,6 +40,7 @@ from utils import (
     what_failed,
 )
 
+NO_FLAGS = "size", "torch", "threads", "gpu", "clips_in_gpu"  # settings that come about
 # the defaults
 EPOCHS, SAMPLE_EVERY, CHECKPOINT_EVERY, CHECKPOINT_MINUTES = 40_000, 1000, 5000, 10.0
 
@@ -46,8 +48,8 @@ EPOCHS, SAMPLE_EVERY, CHECKPOINT_EVERY, CHECKPOINT_MINUTES = 40_000, 1000, 5000,
 def parse(argv=None):
     parser = Parser(prog="main.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--batch-size", type=number(int, 1), default=16, help="set batch_size")
-    add("--epochs", type=number(int, 1), default=EPOCHS, help="set num of iterations")
+    add("--batch-size", type=number(int, 1, 10**6), default=16, help="set batch_size")
+    add("--epochs", type=number(int, 1, 10**9), default=EPOCHS, help="set num of iterations")
     add(
         "--pre-train",
         type=number(int, -1, 1),
@@ -65,9 +67,9 @@ def parse(argv=None):
         help="of the convolutions; auto: bf16 where the hardware has it, else fp32",
     )
     add("--no-graph", action="store_true", help="on CUDA, train kernel by kernel, for debugging")
-    add("--data", type=Path, default="resized_data", help="folder of clips, from resize.py")
-    add("--models", type=Path, default="trained_models", help="folder for checkpoint and losses")
-    add("--videos", type=Path, default="generated_videos", help="folder for the sample GIFs")
+    add("--data", type=folder, default="resized_data", help="folder of clips, from resize.py")
+    add("--models", type=folder, default="trained_models", help="folder for checkpoint and losses")
+    add("--videos", type=folder, default="generated_videos", help="folder for the sample GIFs")
     count = number(int, 1)
     add("--sample-every", type=count, default=SAMPLE_EVERY, help="epochs between sample GIFs")
     add(
@@ -86,7 +88,8 @@ def parse(argv=None):
     add(
         "--deterministic",
         action="store_true",
-        help="on a GPU, give the same bits every time, more slowly; the CPU always does",
+        help="on a GPU, give the same bits every time, more slowly and without a CUDA graph; "
+        "the CPU always does",
     )
     return parser, parser.parse_args(argv)
 
@@ -98,7 +101,11 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, ImportError):
+    except (RuntimeError, AssertionError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise UserError(
+                f"--device {name}: its memory is full; end what else runs on it"
+            ) from None
         raise UserError(f"--device {name}: there is no such device here; try auto") from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name}: one of auto, cpu, cuda, cuda:1, mps")
@@ -123,13 +130,14 @@ def run(args, to_go_on):
     """Train as `args` say. to_go_on: the command that goes on where this one was stopped."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    for folder in (args.models, args.videos):
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is not a folder")
+    for path in (args.models, args.videos):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is not a folder")
     checkpoints = Checkpoints(args.models, args.keep)
     if args.pre_train == 1 and not checkpoints.there():
         raise UserError(
-            f"--pre-train 1: {checkpoints.newest} is not there; leave the flag out to start anew"
+            f"--pre-train 1: {checkpoints.newest} is not there; name its folder with --models, "
+            "or leave the flag out to start anew"
         )
     clips = ClipDataset(args.data, args.frames)
     for line in clips.skipped:
@@ -137,11 +145,14 @@ def run(args, to_go_on):
     set_up_machine(device, args.deterministic)
 
     with alone_in(args.models, args.videos), one_line_failures(checkpoints, to_go_on):
-        trainer = Trainer(
-            clips, args.batch_size, args.lr, args.seed, device, precision, graph=not args.no_graph
-        )
+        graph = not (args.no_graph or args.deterministic)
+        trainer = Trainer(clips, args.batch_size, args.lr, args.seed, device, precision, graph)
         settings = {
             "size": clips.size,
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "clips_in_gpu": trainer.ahead is None,
             "frames": args.frames,
             "batch_size": args.batch_size,
             "lr": args.lr,
@@ -151,10 +162,8 @@ def run(args, to_go_on):
             "checkpoint_minutes": args.checkpoint_minutes,
             "keep": args.keep,
             "device": device.type,
-            "threads": torch.get_num_threads(),
             "precision": precision,
             "deterministic": args.deterministic,
-            "torch": str(torch.__version__),
         }
         data = clips.fingerprint()
         remove_parts(args.models, args.videos)
@@ -167,9 +176,9 @@ def run(args, to_go_on):
                 print(f"nothing to do: {path} is at epoch {trainer.epoch}; raise --epochs to go on")
                 return
         else:
-            for folder in move_old_run(args.models, args.videos):
-                print(f"an older run was moved to {folder}")
-        describe(args, trainer, precision)
+            for path in move_old_run(args.models, args.videos):
+                print(f"an older run was moved to {path}")
+        describe(args, trainer, precision, checkpoints.good and checkpoints.good[0])
         if not (args.videos / "real.gif").exists():
             save_gif(args.videos / "real.gif", video_grid(trainer.real_sample(args.seed)))
 
@@ -178,18 +187,19 @@ def run(args, to_go_on):
             def save():
                 state = trainer.state()
                 log.sync()
-                checkpoints.save({**state, "settings": settings, "data": data})
+                regular = trainer.epoch % args.checkpoint_every == 0
+                checkpoints.save({**state, "settings": settings, "data": data}, number=regular)
 
             train(
                 trainer,
                 args.epochs,
                 log,
-                save,
-                args.videos,
-                args.sample_every,
-                args.checkpoint_every,
-                args.checkpoint_minutes * 60,
-                stop,
+                save_checkpoint=save,
+                videos=args.videos,
+                sample_every=args.sample_every,
+                checkpoint_every=args.checkpoint_every,
+                checkpoint_seconds=args.checkpoint_minutes * 60,
+                stop=stop,
             )
     if trainer.epoch < args.epochs:
         told = f"stopped after epoch {trainer.epoch}, saved to {checkpoints.newest}; to go on:"
@@ -212,28 +222,38 @@ def go_on(trainer, checkpoints, settings, data):
     try:
         old, old_data = state["settings"], state["data"]
         changed = {
-            name: f"{name} was {old.get(name)}, is {value} now"
+            name: f"{flag(name)} was {old.get(name)}, is {value} now"
             for name, value in settings.items()
             if old.get(name) != value
         }
         other = [changed.pop(name) for name in ("size", "frames") if name in changed]
         other += trainer.differences(state)
         if other:
-            raise UserError(f"{path}: cannot go on with other networks: {'; '.join(other)}")
+            raise UserError(
+                f"{path}: cannot go on with other networks: {'; '.join(other)}; go on with what it "
+                "began with, or leave --pre-train out to start anew"
+            )
         trainer.load_state(state)
         for line in changed.values():
             print(f"note: {line}")
         if data != old_data:
             print(
-                f"note: the clips are not those of the checkpoint: {old_data['clips']} clips of "
-                f"{old_data['frames']} frames then, {data['clips']} of {data['frames']} now"
+                f"note: the clips are not those of the checkpoint, in name or content: "
+                f"{old_data['clips']} of {old_data['frames']} frames then, "
+                f"{data['clips']} of {data['frames']} now"
             )
     except (AttributeError, LookupError, TypeError, ValueError) as reason:
         raise UserError(f"{path}: not a checkpoint that main.py wrote ({reason!r})") from reason
 
 
-def describe(args, trainer, precision):
-    """Print what is trained, on what, and where to look."""
+def flag(setting):
+    """The flag that sets it, where one does."""
+    return f"--{setting.replace('_', '-')}" if setting not in NO_FLAGS else setting
+
+
+def describe(args, trainer, precision, checkpoint):
+    """Print what is trained, on what, and where to look. checkpoint: the path it goes on from."""
+    after = f", from {checkpoint}" if checkpoint else ""
     device, clips = trainer.device, trainer.clips
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cpu":
@@ -251,31 +271,40 @@ def describe(args, trainer, precision):
         f"{args.models}: a checkpoint every {args.checkpoint_every} or "
         f"{args.checkpoint_minutes:g} minutes, losses.csv, losses.png"
     )
-    print(f"training  batch {args.batch_size}, epochs {trainer.epoch + 1} to {args.epochs}")
+    print(f"training  batch {args.batch_size}, epochs {trainer.epoch + 1} to {args.epochs}{after}")
 
 
 @contextlib.contextmanager
 def one_line_failures(checkpoints, to_go_on):
     """Say in one line what ended a training, what is safe, and what to do."""
+
+    def what_is_safe(then):
+        after = f"; to go on{then}: {to_go_on}" if checkpoints.good else ""
+        return checkpoints.safe() + after
+
     try:
         yield
     except KeyboardInterrupt:
-        after = f"; to go on:\n{to_go_on}" if checkpoints.good else ""
-        print(f"\nstopped at once; {checkpoints.safe()}{after}")
-        raise
+        raise KeyboardInterrupt(f"stopped at once; {what_is_safe('')}") from None
     except (TrainingError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, TrainingError):
             what = str(error)
         elif is_out_of_memory(error):
-            asked_for = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
-            more = f" for {asked_for[1]} more" if asked_for else ""
-            what = f"not enough memory{more}: try a smaller --batch-size"
+            what = f"not enough memory{asked_for(error)}: take a smaller --batch-size"
         elif isinstance(error, OSError):
             what = what_failed(error)
         else:
             raise
-        after = f"; to go on: {to_go_on}" if checkpoints.good else ""
-        raise TrainingError(f"{what}; {checkpoints.safe()}{after}") from error
+        raise TrainingError(f"{what}; {what_is_safe(' after that')}") from error
+
+
+def asked_for(error):
+    """How much memory there was not, as far as `error` says it."""
+    found = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
+    if not found:
+        return ""
+    amount, unit = found.groups()
+    return f" for {int(amount) / 1e9:.3g} GB" if unit == "bytes" else f" for {amount} {unit}"
 
 
 def main(argv=None):
@@ -283,7 +312,7 @@ def main(argv=None):
     command = sys.argv if argv is None else [parser.prog, *argv]
     if args.pre_train != 1:
         command = [*command, "--pre-train", "1"]
-    program = "%run" if IN_IPYTHON else "python"
+    program = "%run" if IN_IPYTHON else Path(sys.executable).name
     with one_line_errors(parser):
         run(args, f"{program} {shlex.join(command)}")
 

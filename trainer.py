@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import ReadAhead, look, split
 from models import ImageDiscriminator, VideoDiscriminator, VideoGenerator
-from utils import LOSSES, TrainingError, UserError, save_gif, video_grid
+from utils import LOSSES, TrainingError, is_out_of_memory, save_gif, video_grid
 
 REAL, FAKE = 0.9, 0.0  # one-sided label smoothing
 BETAS = 0.5, 0.999
@@ -220,7 +220,7 @@ class Trainer:
 
         pixels: None where the clips are on the device and the gather is part of the epoch; else a
         batch, whose memory each later one is copied into.
-        Raises UserError where the update cannot be recorded.
+        Raises TrainingError where the update cannot be recorded.
         """
         graph = torch.cuda.CUDAGraph()
         # "thread_local": the thread that reads ahead may ask for pinned memory meanwhile.
@@ -236,11 +236,11 @@ class Trainer:
             try:
                 with recording:
                     losses = self.update(*self.draw(pixels))
-            except torch.cuda.OutOfMemoryError:
-                raise
             except RuntimeError as error:  # a changed update that waits for the GPU: print(loss)
+                if is_out_of_memory(error) or is_out_of_memory(error.__context__):
+                    raise
                 reason = str(error).partition("\n")[0]
-                raise UserError(
+                raise TrainingError(
                     f"an epoch cannot be recorded as a CUDA graph ({reason}); "
                     "--no-graph trains kernel by kernel"
                 ) from error
@@ -308,6 +308,8 @@ class Trainer:
         try:
             self._load(state)
         except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(str(error).partition("\n")[0]) from error
 
     def _load(self, state):
@@ -423,11 +425,15 @@ def train(
                 bar.update(len(waiting))
                 waiting = []
                 check_finite(trainer.epoch, losses)
-                if sample_now:
-                    show_samples(trainer, log, videos)
-                if time.perf_counter() - plotted > PLOT_EVERY:
-                    log.plot()
-                    plotted = time.perf_counter()
+                try:
+                    if sample_now:
+                        show_samples(trainer, log, videos)
+                    if time.perf_counter() - plotted > PLOT_EVERY:
+                        log.plot()
+                        plotted = time.perf_counter()
+                except OSError:  # pictures that cannot be written: save what they were to show
+                    save_checkpoint()
+                    raise
                 if save_now:
                     save_checkpoint()
                     saved = time.perf_counter()

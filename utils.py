@@ -3,13 +3,13 @@
 import argparse
 import builtins
 import contextlib
-import csv
 import ctypes
 import errno
 import os
 import shutil
 import signal
 import sys
+import threading
 from datetime import datetime
 from pathlib import Path
 
@@ -66,16 +66,54 @@ class Parser(argparse.ArgumentParser):
 def one_line_errors(parser):
     """Turn a UserError, or a file that can't be read or written, into a line as of `parser.error`.
 
-    Ctrl-C ends in one line too, with status 130.
+    Ctrl-C ends in one line too, with status 130. Nothing fails for want of a place to print to.
     """
+    with prints_without_fail():
+        try:
+            yield
+        except UserError as error:
+            end(error.status, f"{parser.prog}: error: {error}")
+        except OSError as error:
+            end(2, f"{parser.prog}: error: {what_failed(error)}")
+        except KeyboardInterrupt as stop:
+            end(130, f"\n{parser.prog}: {stop or 'stopped'}")
+
+
+class Unfailing:
+    """A text stream whose reader may go away; what is written then is lost."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 (for good)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, function, *args):
+        try:
+            function(*args)
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):  # and what it still holds goes nowhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def prints_without_fail():
+    """No pipe that breaks, terminal that closes or log whose disk is full may end a training."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Unfailing, streams)
     try:
         yield
-    except UserError as error:
-        end(error.status, f"{parser.prog}: error: {error}")
-    except OSError as error:
-        end(2, f"{parser.prog}: error: {what_failed(error)}")
-    except KeyboardInterrupt:
-        end(130, f"\n{parser.prog}: stopped")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = streams
 
 
 def end(status, line):
@@ -98,7 +136,7 @@ def is_out_of_memory(error):
 
 def what_failed(error):
     """What an OSError says, and what a person can do about it."""
-    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    what = f"{error.filename}: {error.strerror or error}" if error.filename else str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{what}; free some space"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -108,25 +146,25 @@ def what_failed(error):
 
 @contextlib.contextmanager
 def signals_noted():
-    """Note Ctrl-C and SIGTERM in the list that this yields, so that what is in hand can end.
+    """Note Ctrl-C, SIGTERM and SIGHUP, of a terminal that closes, in the list that this yields.
 
-    A second Ctrl-C raises KeyboardInterrupt. Signals that are ignored stay ignored, and outside the
-    main thread, where Python takes none, nothing is noted.
+    So what is in hand can be ended. A second Ctrl-C raises KeyboardInterrupt. Signals that are
+    ignored stay ignored, and outside the main thread, where Python takes none, nothing is noted.
     """
     noted = []
 
     def note(number, _):
-        if number == signal.SIGINT and number in noted:
+        if number == signal.SIGINT and noted:
             raise KeyboardInterrupt
         noted.append(number)
-        with contextlib.suppress(OSError, RuntimeError):  # a terminal that is gone, or is writing
-            print(
-                "\nending with this epoch (Ctrl-C: at once, unsaved)", file=sys.stderr, flush=True
-            )
+        what = "ending after this epoch, and saving (Ctrl-C again: at once, unsaved)"
+        with contextlib.suppress(RuntimeError):  # it came in the middle of printing
+            print(f"\n{what}", file=sys.stderr, flush=True)
 
     before = {}
+    names = "SIGINT", "SIGTERM", "SIGHUP"  # Windows has no SIGHUP
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 with contextlib.suppress(ValueError):
                     before[number] = signal.signal(number, note)
@@ -134,6 +172,13 @@ def signals_noted():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def folder(text):
+    """An argparse type: the path of a folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} names no folder")
+    return Path(text)
 
 
 def number(kind, low, high=float("inf")):
@@ -293,9 +338,11 @@ OF_MODELS = (
     "checkpoint-previous.pt",
     "checkpoint-[0-9]*[0-9].pt",
     "losses.csv",
+    "losses-before-[0-9]*.csv",
     "losses.png",
     "events.out.tfevents.*",
 )
+NO_LOCKS = errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK  # of some network file systems
 OF_VIDEOS = "real.gif", "epoch-*.gif"
 
 
@@ -310,17 +357,18 @@ def alone_in(*folders):
         for folder in {folder.resolve(): folder for folder in folders}.values():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(FileLock(folder / ".lock", timeout=0))
+                lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
+                stack.enter_context(lock)
             except Timeout:
                 raise UserError(
                     f"{folder}: another run is writing there; wait until it ends, "
                     "or name another folder"
                 ) from None
-            except NotImplementedError:  # a network file system without locks
+            except (NotImplementedError, OSError) as error:
+                if getattr(error, "errno", None) not in (None, *NO_LOCKS):
+                    error.filename = folder
+                    raise UserError(f"cannot write to {what_failed(error)}") from None
                 print(f"note: {folder} cannot be locked: let no second run write there")
-            except OSError as error:
-                error.filename = folder
-                raise UserError(f"cannot write to {what_failed(error)}") from None
         yield
 
 
@@ -376,11 +424,14 @@ class LossLog:
         rows = {row[0]: row for row in self._read()}
         self.rows = [rows[i] for i in range(1, epoch + 1) if i in rows]
         if missing := epoch - len(self.rows):
-            print(f"note: {self.path} does not hold {missing} of the {epoch} epochs so far")
+            kept = self._keep_aside(epoch)
+            print(f"note: {self.path} lacks {missing} of the {epoch} epochs so far{kept}")
         with whole_file(self.path) as file:
             lines = [("epoch", *LOSSES, "seconds"), *self.rows]
             file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
         self.file = open(self.path, "a", newline="")  # noqa: SIM115 (closed by close)
+        # What fails in TensorBoard's thread fails in the next call to it, too, and is said there.
+        self.hook, threading.excepthook = threading.excepthook, self._in_a_thread
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -388,15 +439,27 @@ class LossLog:
         except ImportError:
             print("tensorboard is not installed: losses go to losses.csv and losses.png only")
             self.board = None
+        except Exception as error:
+            self._no_board(error)
 
     def _read(self):
+        """Yield the rows that can be read, whatever else is in the file."""
         if not self.path.exists():
             return
-        with open(self.path, newline="", errors="replace") as file:
-            for row in csv.DictReader(file):
-                with contextlib.suppress(KeyError, TypeError, ValueError):  # a damaged line
-                    values = [np.float32(row[name]) for name in LOSSES]
-                    yield int(row["epoch"]), *values, float(row["seconds"])
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # the first line, and damaged ones
+                epoch, *losses, seconds = line.split(",")
+                if len(losses) == len(LOSSES):
+                    yield int(epoch), *map(np.float32, losses), float(seconds)
+
+    def _keep_aside(self, epoch):
+        """Copy a losses.csv that is not what it was, before it is written anew."""
+        aside = self.path.with_name(f"losses-before-{epoch}.csv")
+        if not self.path.exists() or aside.exists():
+            return ""
+        with whole_file(aside) as file:
+            file.write(self.path.read_bytes())
+        return f"; as it was, it is kept as {aside.name}"
 
     def add(self, epoch, losses, seconds):
         """Log epochs `epoch` - n + 1 ... `epoch`, (n, 4) losses, which took `seconds` in all.
@@ -409,16 +472,30 @@ class LossLog:
         self.rows += rows
         self.file.write("".join(",".join(map(str, row)) + "\n" for row in rows))
         self.file.flush()
-        if self.board:
-            for name, value in zip(LOSSES, losses.mean(axis=0)):
-                self.board.add_scalar(f"loss/{name}", value, epoch)
-            self.board.add_scalar("seconds an epoch", each, epoch)
+        for name, value in zip(LOSSES, losses.mean(axis=0)):
+            self._to_board("add_scalar", f"loss/{name}", value, epoch)
+        self._to_board("add_scalar", "seconds an epoch", each, epoch)
 
     def add_image(self, name, image, epoch):
         """Show an image, (H, W, 3) uint8, in TensorBoard."""
+        self._to_board("add_image", name, image, epoch, dataformats="HWC")
+        self._to_board("flush")
+
+    def _in_a_thread(self, args):
+        if not issubclass(args.exc_type, OSError):
+            self.hook(args)
+
+    def _to_board(self, method, *args, **options):
         if self.board:
-            self.board.add_image(name, image, epoch, dataformats="HWC")
-            self.board.flush()
+            try:
+                getattr(self.board, method)(*args, **options)
+            except Exception as error:
+                self._no_board(error)
+
+    def _no_board(self, error):
+        """TensorBoard is for looking only: training goes on without."""
+        print(f"note: no more goes to TensorBoard ({error!r})")
+        self.board = None
 
     def plot(self):
         """Draw losses.png: each loss of each epoch faintly, and its running mean."""
@@ -451,8 +528,8 @@ class LossLog:
 
     def close(self):
         with contextlib.ExitStack() as stack:  # all of it, whichever fails
-            if self.board:
-                stack.callback(self.board.close)
+            stack.callback(setattr, threading, "excepthook", self.hook)
+            stack.callback(self._to_board, "close")
             stack.callback(self.file.close)
             self.plot()
 

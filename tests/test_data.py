@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data import ClipDataset, look
-from utils import UserError, to_float, to_uint8
+from utils import TrainingError, UserError, to_float, to_uint8
 
 
 def write(folder, name, n=20, size=32, start=0):
@@ -68,6 +68,30 @@ def test_windows_and_frames_are_those_of_the_arrays(three):
     torch.testing.assert_close(windows, expected)
     single = torch.tensor([15, 100, 129, 57]).double() / 127.5 - 1
     torch.testing.assert_close(frames, single.float()[:, None, None, None].expand_as(frames))
+
+
+def test_a_clip_that_is_not_what_it_was(three, tmp_path):
+    zero, other = torch.tensor([0]), torch.tensor([2])
+    three.read(zero, zero, zero)
+    write(tmp_path, "run/a.npy", 40)
+    three.read(zero, zero, zero)  # it is still open
+    for change in (lambda: write(tmp_path, "walk/c.npy", 29), (tmp_path / "walk/c.npy").unlink):
+        change()
+        with pytest.raises(TrainingError, match=r"c\.npy is not what it was: "):
+            three.read(other, zero, zero)
+
+
+def test_a_fingerprint_tells_data_sets_apart(three, tmp_path):
+    before = three.fingerprint()
+    assert before["clips"] == 3 and before["frames"] == 64
+    assert ClipDataset(tmp_path).fingerprint() == before
+    for name, n, start in (("walk/c.npy", 31, 100), ("walk/c.npy", 30, 101)):
+        write(tmp_path, name, n, start=start)
+        assert ClipDataset(tmp_path).fingerprint()["sha256"] != before["sha256"]
+    write(tmp_path, "walk/c.npy", 30, start=100)
+    assert ClipDataset(tmp_path).fingerprint() == before
+    (tmp_path / "walk/c.npy").rename(tmp_path / "walk/d.npy")
+    assert ClipDataset(tmp_path).fingerprint()["sha256"] != before["sha256"]
 
 
 def test_layout_is_channels_first_of_rgb(tmp_path):

@@ -169,6 +169,31 @@ def test_pieces_make_the_same_run(finished, folders):
     assert figures[0] == figures[1]
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="of Linux")
+def test_no_checkpoint_is_ahead_of_its_losses(folders, monkeypatch):
+    """A power cut must not leave a checkpoint whose losses were still in memory."""
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def renamed(source, target):
+        calls.append(f"→ {os.path.basename(target)}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    folders.train("--epochs=1")
+    last = calls.index("→ checkpoint.pt")
+    assert calls[last - 2 : last + 2] == [
+        "losses.csv",
+        "checkpoint.pt.part",
+        "→ checkpoint.pt",
+        "models",
+    ]
+
+
 def test_nothing_to_do_when_it_is_done(finished, capsys):
     folders = finished[0]
     before = {p: p.stat().st_mtime_ns for p in folders.models.parent.rglob("[!.]*.*")}
@@ -244,7 +269,10 @@ def test_auto_takes_what_is_there():
         (["--what"], "unrecognized arguments: --what"),
         ([f"--models={__file__}"], "test_main.py is not a folder"),
         (["--data=nowhere"], "nowhere: no such folder; make it with resize.py"),
-        (["--pre-train=1"], "checkpoint.pt is not there; leave the flag out to start anew"),
+        (["--pre-train=1"], "checkpoint.pt is not there; name its folder with --models, or leave"),
+        (["--models="], "'' names no folder"),
+        (["--batch-size=99999999999999999999"], "is not a whole number from 1 to 1000000"),
+        ([f"--epochs=1{'0' * 400}"], "is not a whole number from 1 to 1000000000"),
     ],
 )
 def test_bad_flags_get_one_line(folders, capsys, args, message):

@@ -32,6 +32,7 @@ import checkpoint
 
 EPOCHS = 24
 KILLS = 20
+PYTHON = Path(sys.executable).name
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +91,9 @@ class Run:
             return [row[:5] for row in csv.reader(file)][1:]
 
     def wait_for_epoch(self, epoch, process):
-        path = self.models / "losses.csv"
+        path, end = self.models / "losses.csv", time.monotonic() + 60
         while not path.exists() or path.read_text().count("\n") <= epoch:
-            assert process.is_alive(), self.said.read_text()
+            assert process.is_alive() and time.monotonic() < end, self.said.read_text()
             time.sleep(0.005)
 
 
@@ -150,8 +151,9 @@ def test_pieces_make_the_same_run(run, whole, cuts):
         run.go_on(f"--epochs={epochs}", "--checkpoint-every=1000")
         assert run.checkpoint()["epoch"] == epochs
     said = run.go_on()
-    assert f"note: epochs was {cuts[-1]}, is {EPOCHS} now" in said
-    assert "note: checkpoint_every was 1000, is 1 now" in said
+    assert f"note: --epochs was {cuts[-1]}, is {EPOCHS} now" in said
+    assert "note: --checkpoint-every was 1000, is 1 now" in said
+    assert f"epochs {cuts[-1] + 1} to {EPOCHS}, from {run.models / 'checkpoint.pt'}\n" in said
     assert_same(run, whole)
 
 
@@ -185,19 +187,27 @@ def test_what_was_logged_after_the_checkpoint_is_logged_once(run, whole):
     rows = (run.models / "losses.csv").read_text().splitlines(keepends=True)
     other = [row.replace(row.split(",")[1], "9.5") for row in rows[1:]]
     later = [f"{epoch},1,1,1,1,1\n" for epoch in (9, 10, 11, -1, 0)]
-    text = "".join([rows[0], other[2], *rows[1:], *later, "nonsense\n", "12,0.5,0.4"])
-    (run.models / "losses.csv").write_text(text)
-    run.go_on()
+    nonsense = ["nonsense\n", '"', "\0" * 200_000, "\n", "12,0.5,0.4"]
+    text = "".join(["\ufeff", rows[0], other[2], *rows[1:], *later, *nonsense])
+    (run.models / "losses.csv").write_text(text, encoding="utf-8")
+    assert "lacks" not in run.go_on()
     assert_same(run, whole)
 
 
-def test_lost_losses_are_said(run):
+def test_lost_losses_are_said_and_what_was_there_is_kept(run):
     run.train("--epochs=4")
-    rows = (run.models / "losses.csv").read_text().splitlines(keepends=True)
-    (run.models / "losses.csv").write_text("".join(rows[:2]))
+    path = run.models / "losses.csv"
+    rows = path.read_text().splitlines(keepends=True)
+    edited = "".join([*rows[:2], '"' + rows[2], rows[3].replace(",", ";"), *rows[4:]])
+    path.write_text(edited)
     said = run.go_on("--epochs=5")
-    assert f"note: {run.models / 'losses.csv'} does not hold 3 of the 4 epochs so far" in said
-    assert [row[0] for row in run.losses()] == ["1", "5"]
+    kept = run.models / "losses-before-4.csv"
+    assert (
+        f"note: {path} lacks 2 of the 4 epochs so far; as it was, it is kept as {kept.name}" in said
+    )
+    assert [row[0] for row in run.losses()] == ["1", "4", "5"] and kept.read_text() == edited
+    path.unlink()
+    assert f"note: {path} lacks 5 of the 5 epochs so far\n" in run.go_on("--epochs=6")
 
 
 # ---------------------------------------------------------------- killed
@@ -208,7 +218,9 @@ def test_killed_at_a_random_instant(run, whole, number):
     """Anywhere from its start to its end; then it goes on to the same weights."""
     while True:
         process = run.start()
-        time.sleep(random.uniform(0, whole.seconds))
+        instant = random.uniform(0, whole.seconds)
+        print(f"killed after {instant} of {whole.seconds} s")
+        time.sleep(instant)
         process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:
@@ -243,9 +255,9 @@ def die_while_saving(names, left):
         setattr(place, name, deadly(getattr(place, name)))
     save = checkpoint.Checkpoints.save
 
-    def third(checkpoints, content):
+    def third(checkpoints, content, **options):
         saving.extend([1] * (content["epoch"] == 3))
-        save(checkpoints, content)
+        save(checkpoints, content, **options)
         saving.clear()
 
     checkpoint.Checkpoints.save = third
@@ -281,7 +293,9 @@ def test_killed_at_each_step_of_a_checkpoint(processes, clips_folder, whole, tmp
 # ---------------------------------------------------------------- stopped
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_ends_the_epoch_and_saves(run, whole, number, status):
     process = run.start("--checkpoint-every=1000", "--epochs=100000", prepare=small.make_slow)
     run.wait_for_epoch(2, process)
@@ -292,12 +306,12 @@ def test_a_signal_ends_the_epoch_and_saves(run, whole, number, status):
     epoch = run.checkpoint()["epoch"]
     assert 2 <= epoch < EPOCHS
     assert [int(row[0]) for row in run.losses()] == list(range(1, epoch + 1))
-    assert "ending with this epoch" in said
+    assert "ending after this epoch, and saving" in said
     told, command = said.splitlines()[-2:]
     newest = run.models / "checkpoint.pt"
     assert told == f"stopped after epoch {epoch}, saved to {newest}; to go on:"
     words = shlex.split(command)
-    assert words[:2] == ["python", "main.py"] and words[-2:] == ["--pre-train", "1"]
+    assert words[:2] == [PYTHON, "main.py"] and words[-2:] == ["--pre-train", "1"]
     run.train(*words[2:], "--checkpoint-every=1", f"--epochs={EPOCHS}")
     assert_same(run, whole)
 
@@ -320,9 +334,9 @@ def test_ctrl_c_of_the_real_thing(clips_folder, tmp_path):
     process.send_signal(signal.SIGINT)
     printed = process.communicate(timeout=60)[1].splitlines()[-1]
     assert process.returncode == 130
-    assert printed.startswith("python main.py ") and "'" in printed  # quoted for a shell
+    assert printed.startswith(f"{PYTHON} main.py ") and "'" in printed  # quoted for a shell
     epoch = checkpoint.read(tmp_path / "the models" / "checkpoint.pt")["epoch"]
-    printed = printed.replace("python", sys.executable, 1).replace("100000", str(epoch + 1))
+    printed = printed.replace(PYTHON, sys.executable, 1).replace("100000", str(epoch + 1))
     done = subprocess.run(["sh", "-c", printed], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "done: " in done.stdout, done
     assert checkpoint.read(tmp_path / "the models" / "checkpoint.pt")["epoch"] == epoch + 1
@@ -361,6 +375,84 @@ def test_the_stop_button_of_a_notebook(run, whole):
         manager.shutdown_kernel(now=True)
 
 
+def press_twice(epoch):
+    """Have Ctrl-C pressed twice while the checkpoint of that epoch is written."""
+    save, write = checkpoint.Checkpoints.save, checkpoint.HashingWriter.write
+    saving = []
+
+    def noting(checkpoints, content, **options):
+        saving.append(content["epoch"])
+        save(checkpoints, content, **options)
+
+    def pressed(*args):
+        if saving[-1] == epoch:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return write(*args)
+
+    checkpoint.Checkpoints.save, checkpoint.HashingWriter.write = noting, pressed
+
+
+def test_ctrl_c_twice_stops_at_once(run, whole):
+    said = run.train(status=130, prepare=functools.partial(press_twice, 6))
+    line = said.splitlines()[-1]
+    newest = run.models / "checkpoint.pt"
+    expected = f"main.py: stopped at once; {newest} of epoch 5 is safe; to go on: {PYTHON} main.py"
+    assert line.startswith(expected)
+    assert run.checkpoint()["epoch"] == 5 and not list(run.models.glob("checkpoint*.part"))
+    run.go_on()
+    assert_same(run, whole)
+
+
+def print_to_nobody():
+    """As in `main.py 2>&1 | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+
+
+def print_to_a_full_disk():
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, 1)
+    os.dup2(full, 2)
+
+
+@pytest.mark.parametrize("prepare", [print_to_nobody, print_to_a_full_disk])
+def test_nobody_need_hear_what_it_says(run, whole, prepare):
+    run.train(prepare=prepare)
+    assert_same(run, whole)
+    process = run.start("--epochs=100000", "--pre-train=1", prepare=prepare)
+    run.wait_for_epoch(EPOCHS + 2, process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 143
+    assert run.checkpoint()["epoch"] == len(run.losses())
+
+
+def test_checkpoints_come_by_the_clock(run):
+    flags = ["--checkpoint-every=1000", "--checkpoint-minutes=0.01"]
+    process = run.start(*flags, prepare=small.make_slow)
+    newest, end = run.models / "checkpoint.pt", time.monotonic() + 60
+    while not newest.exists():
+        assert process.is_alive() and time.monotonic() < end
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert 3 <= run.checkpoint()["epoch"] < EPOCHS
+
+
+def test_numbered_checkpoints_are_those_of_the_interval(run):
+    run.train("--checkpoint-every=5", "--checkpoint-minutes=0", "--keep=2")
+    kept = {p.name: run.checkpoint(p.name)["epoch"] for p in run.models.glob("checkpoint*")}
+    assert kept == {
+        "checkpoint.pt": 24,
+        "checkpoint-previous.pt": 23,
+        "checkpoint-000015.pt": 15,
+        "checkpoint-000020.pt": 20,
+    }
+
+
 # ---------------------------------------------------------------- starved
 
 
@@ -378,7 +470,9 @@ def test_a_file_size_limit(run, whole):
     assert line.startswith(
         f"{newest}: File too large; free some space; {newest} of epoch 5 is safe"
     )
-    assert "; to go on: python main.py --data=" in line and line.endswith("--pre-train=1")
+    assert f"; to go on after that: {PYTHON} main.py --data=" in line and line.endswith(
+        "--pre-train=1"
+    )
     assert before == {p: p.read_bytes() for p in run.models.glob("checkpoint*")}
     run.go_on()
     assert_same(run, whole)
@@ -397,10 +491,10 @@ def test_a_full_disk(run, whole, tmp_path, size):
         line = run.error("--keep=9", status=1)
         assert "No space left on device; free some space; " in line
         if "of epoch" in line:
-            epoch = int(re.search(r"checkpoint.pt of epoch (\d+) is safe; to go on: ", line)[1])
+            epoch = int(re.search(r"checkpoint.pt of epoch (\d+) is safe; to go on ", line)[1])
             assert epoch >= 1 and run.checkpoint()["epoch"] == epoch
         else:
-            assert "no checkpoint had been made" in line and size < 1
+            assert f"there is no checkpoint in {run.models}" in line and size < 1
         subprocess.run(["mount", "-o", "remount,size=100000000", disk], check=True)
         run.go_on("--keep=1")
         assert_same(run, whole)
@@ -474,7 +568,7 @@ def test_losses_that_are_not_finite(run, whole):
     prepare = functools.partial(spoil, 8)
     line = run.error("--checkpoint-every=5", status=1, prepare=prepare)
     assert re.match(r"at epoch 9 the losses \(\w+: nan\) are not finite: try a smaller --lr", line)
-    assert f"; {run.models / 'checkpoint.pt'} of epoch 5 is safe; to go on: python main.py" in line
+    assert f"; {run.models / 'checkpoint.pt'} of epoch 5 is safe; to go on after that: " in line
     assert run.checkpoint()["epoch"] == 5
     assert [int(row[0]) for row in run.losses()] == list(range(1, 10))
     run.go_on()
@@ -503,10 +597,50 @@ OUT_OF_MEMORY = (
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "mps", "cublas", "host"])
 def test_out_of_memory(run, error):
     line = run.error("--epochs=9", status=1, prepare=functools.partial(spoil, 4, error))
-    more = " for 20.00 MiB more" if "20.00" in str(error) else ""
-    safe = f"{run.models / 'checkpoint.pt'} of epoch 3 is safe; to go on: python main.py"
-    expected = f"not enough memory{more}: try a smaller --batch-size; {safe}"
+    more = " for 20.00 MiB" if "20.00" in str(error) else ""
+    safe = f"{run.models / 'checkpoint.pt'} of epoch 3 is safe; to go on after that: {PYTHON}"
+    expected = f"not enough memory{more}: take a smaller --batch-size; {safe}"
     assert line.startswith(expected) and run.checkpoint()["epoch"] == 3
+
+
+def out_of_memory_while_loading(error):
+    def load(*_, **__):
+        raise error
+
+    torch.load = load
+
+
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY[0], MemoryError()], ids=["cuda", "host"])
+def test_out_of_memory_is_no_damage(run, error):
+    run.train("--epochs=3")
+    prepare = functools.partial(out_of_memory_while_loading, error)
+    line = run.error("--pre-train=1", status=1, prepare=prepare)
+    assert line.startswith("not enough memory") and "the checkpoints in " in line
+    assert run.checkpoint()["epoch"] == 3
+
+
+def no_gif(epoch):
+    import trainer
+
+    show_samples = trainer.show_samples
+
+    def fails(the_trainer, log, videos):
+        if the_trainer.epoch == epoch:
+            raise OSError(28, "No space left on device", str(videos / "epoch.gif"))
+        show_samples(the_trainer, log, videos)
+
+    trainer.show_samples = fails
+
+
+def test_pictures_that_cannot_be_written_cost_no_epoch(run, whole):
+    flags = ["--checkpoint-every=1000", "--sample-every=9"]
+    line = run.error(*flags, status=1, prepare=functools.partial(no_gif, 9))
+    assert "epoch.gif: No space left on device; free some space; " in line
+    assert "of epoch 9 is safe" in line and run.checkpoint()["epoch"] == 9
+    run.go_on("--epochs=18")
+    (run.videos / "epoch-000009.gif").write_bytes((whole.videos / "epoch-000009.gif").read_bytes())
+    run.go_on()
+    assert_same(run, whole)
 
 
 def little_memory():
@@ -518,10 +652,8 @@ def little_memory():
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="of Linux")
 def test_a_batch_that_memory_does_not_hold(run):
     line = run.error("--batch-size=5000", status=1, prepare=little_memory)
-    assert re.match(
-        r"not enough memory( for \d+ bytes more)?: try a smaller --batch-size; no", line
-    )
-    assert line.endswith("; no checkpoint had been made")
+    assert re.match(r"not enough memory( for [\d.]+ GB)?: take a smaller --batch-size; ", line)
+    assert line.endswith(f"; there is no checkpoint in {run.models}")
 
 
 def test_clips_that_go_away(run, whole, tmp_path, clips_folder):
@@ -558,13 +690,13 @@ def test_what_may_change_is_said(run):
         "--seed=8",
     )
     assert [line for line in said.splitlines() if line.startswith("note: ")] == [
-        "note: batch_size was 2, is 3 now",
-        "note: lr was 0.0002, is 0.001 now",
-        "note: epochs was 2, is 3 now",
-        "note: sample_every was 9, is 7 now",
-        "note: checkpoint_minutes was 10.0, is 3.0 now",
-        "note: keep was 0, is 2 now",
-        "note: precision was fp32, is bf16 now",
+        "note: --batch-size was 2, is 3 now",
+        "note: --lr was 0.0002, is 0.001 now",
+        "note: --epochs was 2, is 3 now",
+        "note: --sample-every was 9, is 7 now",
+        "note: --checkpoint-minutes was 10.0, is 3.0 now",
+        "note: --keep was 0, is 2 now",
+        "note: --precision was fp32, is bf16 now",
         "note: --seed 8 has no effect: this run has 0",
     ]
     assert run.checkpoint()["settings"]["batch_size"] == 3
@@ -588,8 +720,9 @@ def test_what_must_agree_is_listed(run, tmp_path):
     newest = run.models / "checkpoint.pt"
     assert line == (
         f"{newest}: cannot go on with other networks: size was 32, is 48 now; "
-        "frames was 16, is 32 now; G_I main.0.weight was 60×32×2×2, is 60×32×3×3 now; "
-        "D_I main.8.weight was 1×32×2×2, is 1×32×3×3 now; D_V linear.weight was 1×128, is 1×576 now"
+        "--frames was 16, is 32 now; G_I main.0.weight was 60×32×2×2, is 60×32×3×3 now; "
+        "D_I main.8.weight was 1×32×2×2, is 1×32×3×3 now; D_V linear.weight was 1×128, is 1×576 "
+        "now; go on with what it began with, or leave --pre-train out to start anew"
     )
     line = run.error("--pre-train=1", status=2, prepare=other_networks)
     assert "R_M gru.weight_ih_l0 was 30×10, is 36×10 now; " in line
@@ -608,7 +741,8 @@ def test_other_clips_are_noted(run, tmp_path, clips_folder):
     pixels = np.load(paths[0])
     pixels[0, 5, 5] ^= 1
     np.save(paths[0], pixels)
-    then = f"note: the clips are not those of the checkpoint: {n} clips of {frames} frames then, "
+    then = "note: the clips are not those of the checkpoint, in name or content: "
+    then += f"{n} of {frames} frames then, "
     assert f"{then}{n} of {frames} now" in run.go_on("--epochs=3")
     paths[0].rename(paths[0].with_name("renamed.npy"))
     assert f"{then}{n} of {frames} now" in run.go_on("--epochs=4")
@@ -670,7 +804,7 @@ def test_a_checkpoint_of_somebody_elses(run):
     newest = run.models / "checkpoint.pt"
     state = run.checkpoint()
     for change, reason in (
-        ({"format": 99}, "of a newer version of this program (format 99; this one reads 3)"),
+        ({"format": 99}, "of a newer version of this program (format 99; this one reads "),
         ({"settings": None}, "not a checkpoint that main.py wrote"),
         ({"networks": {}}, "cannot go on with other networks: R_M gru.weight_ih_l0 was absent"),
         ({"data": 3}, "not a checkpoint that main.py wrote"),

@@ -1,10 +1,14 @@
 import csv
+import errno
 import os
 import platform
+import signal
 import subprocess
 import sys
 from argparse import ArgumentTypeError
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,10 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import main
 from utils import (
     LossLog,
+    alone_in,
     move_old_run,
     number,
+    prints_without_fail,
     save_gif,
     set_up_machine,
+    signals_noted,
     video_grid,
     whole_file,
 )
@@ -152,7 +159,7 @@ def test_loss_log_drops_a_line_cut_short(tmp_path):
     assert read(tmp_path) == [[1, 1, 1, 1, 1, 1]]
     (tmp_path / "losses.csv").write_bytes(b"1,1,1,1,1,1\n\xff\n")
     LossLog(tmp_path, epoch=5).close()
-    assert read(tmp_path) == []
+    assert read(tmp_path) == [[1, 1, 1, 1, 1, 1]]  # the first line is not needed
 
 
 def test_without_tensorboard(tmp_path, monkeypatch, capsys):
@@ -171,6 +178,92 @@ def test_cuda_is_set_up_on_the_device_that_is_used(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     set_up_machine(torch.device("cuda:1"))
     assert used == [torch.device("cuda:1")] and torch.backends.cudnn.benchmark
+
+
+def test_deterministic_on_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        set_up_machine(torch.device("cuda:0"), deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        set_up_machine(torch.device("cuda:0"))  # the next run of a notebook, without
+        assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_signals_are_noted_and_handlers_restored():
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    with signals_noted() as noted:
+        assert not noted
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert noted == [signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):  # as is said: Ctrl-C now stops at once
+            os.kill(os.getpid(), signal.SIGINT)
+    assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    with signals_noted() as noted:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # a second is no hurry, but for Ctrl-C
+        assert noted == [signal.SIGINT, signal.SIGTERM]
+
+
+def test_signals_that_are_ignored_stay_so(monkeypatch):
+    """As after nohup, or in the background of a script."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals_noted() as noted:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert noted == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_outside_the_main_thread_nothing_is_noted():
+    def work():
+        with signals_noted() as noted:
+            return noted
+
+    assert ThreadPoolExecutor(1).submit(work).result() == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with alone_in(tmp_path):
+        pass
+    out, error = capsys.readouterr()
+    assert out == f"note: {tmp_path} cannot be locked: let no second run write there\n"
+    assert not error
+
+
+def test_prints_that_fail_are_lost():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream, mock.patch.object(sys, "stdout", stream):
+        with prints_without_fail():
+            for _ in range(3):
+                print("hello", flush=True)
+        assert sys.stdout is stream
+    with mock.patch.object(sys, "stdout", None), prints_without_fail():
+        print("hello")
+
+
+def test_tensorboard_may_fail(tmp_path, capsys):
+    log = LossLog(tmp_path)
+    log.board.add_scalar = mock.Mock(side_effect=OSError(28, "No space left on device"))
+    with log:
+        for epoch in (1, 2):
+            log.add(epoch, torch.ones(1, 4), seconds=1)
+    assert len(read(tmp_path)) == 2
+    assert capsys.readouterr().out.count("note: no more goes to TensorBoard") == 1
 
 
 def test_a_device_comes_with_its_index(monkeypatch):
@@ -204,4 +297,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     }
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("another C library")
-    assert faults["kept"] < faults["as it is"] / 20
+    assert faults["kept"] < faults["as it is"] / 5  # now and then one is placed anew
