@@ -77,10 +77,10 @@ def process(args, said, prepare=None):
     with open(said, "w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
     make_small()
     if prepare:
         prepare()
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
     main.main([str(arg) for arg in args])
 
 
