@@ -57,10 +57,8 @@ def write_to(file, content):
     hashing = HashingWriter(file)
     try:
         torch.save({"format": FORMAT, **content}, hashing)
-    except Exception:
-        if hashing.error:
-            raise hashing.error from None
-        raise
+    except Exception as error:
+        raise hashing.error or error.__context__ or error from None
     file.write(MARK + hashing.sha256.hexdigest().encode() + b"\n")
 
 

@@ -80,7 +80,10 @@ def one_line_errors(parser):
 
 
 class Unfailing:
-    """A text stream whose reader may go away; what is written then is lost."""
+    """A text stream whose reader may go away; what is written then is lost.
+
+    stream: None where there never was one.
+    """
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 (for good)
