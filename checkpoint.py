@@ -30,15 +30,11 @@ class HashingWriter:
     """A file that is written to, and the SHA-256 of what was."""
 
     def __init__(self, file):
-        self.file, self.sha256, self.error = file, hashlib.sha256(), None
+        self.file, self.sha256 = file, hashlib.sha256()
 
     def write(self, data):
-        try:
-            self.sha256.update(data)
-            return self.file.write(data)
-        except BaseException as error:  # OSError, Ctrl-C: torch.save raises something of its own
-            self.error = error
-            raise
+        self.sha256.update(data)
+        return self.file.write(data)
 
     def flush(self):
         self.file.flush()
@@ -58,7 +54,8 @@ def write_to(file, content):
     try:
         torch.save({"format": FORMAT, **content}, hashing)
     except Exception as error:
-        raise hashing.error or error.__context__ or error from None
+        # A full disk, a second Ctrl-C: torch.save ends the file it has in hand, which fails, too.
+        raise error.__context__ or error from None
     file.write(MARK + hashing.sha256.hexdigest().encode() + b"\n")
 
 
