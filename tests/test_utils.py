@@ -195,12 +195,13 @@ def test_deterministic_on_cuda(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-def test_signals_are_noted_and_handlers_restored():
+def test_signals_are_noted_and_handlers_restored(capsys):
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with signals_noted() as noted:
         assert not noted
         os.kill(os.getpid(), signal.SIGTERM)
         assert noted == [signal.SIGTERM]
+        assert capsys.readouterr().err.startswith("\nending after this epoch, and saving (Ctrl-C")
         with pytest.raises(KeyboardInterrupt):  # as is said: Ctrl-C now stops at once
             os.kill(os.getpid(), signal.SIGINT)
     assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
