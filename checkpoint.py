@@ -14,7 +14,7 @@ import warnings
 
 import torch
 
-from utils import UserError, is_out_of_memory, whole_file
+from utils import UserError, is_out_of_memory, what_failed, whole_file
 
 FORMAT = 3  # of the content
 MARK = b"\nmocogan checkpoint, sha256 "
@@ -53,7 +53,7 @@ def write_to(file, content):
     hashing = HashingWriter(file)
     try:
         torch.save({"format": FORMAT, **content}, hashing)
-    except Exception as error:
+    except RuntimeError as error:
         # A full disk, a second Ctrl-C: torch.save ends the file it has in hand, which fails, too.
         raise error.__context__ or error from None
     file.write(MARK + hashing.sha256.hexdigest().encode() + b"\n")
@@ -135,7 +135,8 @@ class Checkpoints:
     def load(self):
         """The content of the newest checkpoint that is whole, and a line for each that is not.
 
-        Raises UserError if none is whole, or if the newest whole one is of another version.
+        Raises UserError if none is whole, if one cannot be read, or if the newest whole one is of
+        another version.
         """
         damaged = [] if self.newest.is_file() else [f"{self.newest} is not there"]
         for path in self.there():
@@ -144,6 +145,8 @@ class Checkpoints:
             except Damaged as reason:
                 damaged.append(f"{path}: {reason}")
                 continue
+            except OSError as error:
+                raise UserError(f"cannot read {what_failed(error)}") from None
             self.good = path, content["epoch"]
             return content, damaged
         raise UserError(

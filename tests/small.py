@@ -7,6 +7,7 @@ Everything but the number of channels is the product's own code.
 
 import copy
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -69,6 +70,13 @@ def make_slow():
     trainer.Trainer.update = slow
 
 
+def heed_signals():
+    """As a process in a terminal does; tests may be started where they are ignored (nohup, &)."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def process(args, said, prepare=None):
     """What a forked process does: train as `args` say; what it prints goes to the file `said`.
 
@@ -77,6 +85,7 @@ def process(args, said, prepare=None):
     with open(said, "w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    heed_signals()
     make_small()
     if prepare:
         prepare()

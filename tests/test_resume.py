@@ -226,9 +226,7 @@ def test_killed_at_a_random_instant(run, whole, number):
         if process.exitcode == -signal.SIGKILL:
             break
         shutil.rmtree(run.path)  # it had ended before: once more
-    logged = (
-        [int(row[0]) for row in run.losses()[:-1]] if (run.models / "losses.csv").exists() else []
-    )
+    logged = run.losses()[:-1] if (run.models / "losses.csv").exists() else []
     saved = (run.models / "checkpoint.pt").exists()
     if saved:  # with a checkpoint an epoch, no more than that of the last is lost
         assert run.checkpoint()["epoch"] >= len(logged)
@@ -325,6 +323,7 @@ def test_ctrl_c_of_the_real_thing(clips_folder, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        preexec_fn=small.heed_signals,
     )
     losses = tmp_path / "the models" / "losses.csv"
     while not losses.exists() or losses.read_text().count("\n") < 2:
@@ -538,7 +537,8 @@ def test_folders_that_cannot_be_written_or_read(processes, clips_folder, whole):
             closed.chmod(0o755)
         checkpoint_file = run.models / "checkpoint.pt"
         checkpoint_file.chmod(0o000)
-        assert "checkpoint.pt" in run.error("--pre-train=1", status=1, prepare=prepare)
+        line = run.error("--pre-train=1", status=2, prepare=prepare)
+        assert line.startswith(f"cannot read {checkpoint_file}: Permission denied; see to its perm")
         checkpoint_file.chmod(0o666)
         run.go_on()
         assert_same(run, whole)
@@ -759,7 +759,7 @@ def test_damaged_checkpoints(run, whole):
     newest = run.models / "checkpoint.pt"
     data = newest.read_bytes()
     flipped = bytearray(data)
-    place = random.randrange(len(data) - 66)
+    place = random.randrange(len(data) - checkpoint.TAIL)
     flipped[place] ^= 16
     for damaged, reason in (
         (

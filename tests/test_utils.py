@@ -12,6 +12,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import small
 import torch
 from conftest import ROOT
 from PIL import Image, ImageSequence
@@ -195,6 +196,17 @@ def test_deterministic_on_cuda(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def heeded():
+    """The signals are heeded, wherever the tests were started (nohup, &), and then as before."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    small.heed_signals()
+    yield
+    for which, handler in before.items():
+        signal.signal(which, handler)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_signals_are_noted_and_handlers_restored(capsys):
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with signals_noted() as noted:
