@@ -30,23 +30,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 from data import ClipDataset
+from gallery import Page
 from main import (
     CHECKPOINT_EVERY,
     CHECKPOINT_MINUTES,
     EPOCHS,
     SAMPLE_EVERY,
-    pick_device,
     pick_precision,
 )
 from models import DIM_CONTENT, DIM_MOTION, DIM_NOISE
-from trainer import FAKE, PLOT_EVERY, REAL, SHOW_EVERY, Trainer, show_samples
+from trainer import FAKE, PAGE_EVERY, REAL, SHOW_EVERY, Trainer, show_samples
 from utils import (
-    LOSSES,
+    FIGURES,
     LossLog,
     Parser,
     UserError,
     number,
     one_line_errors,
+    pick_device,
     set_up_machine,
     whole_file,
 )
@@ -225,19 +226,22 @@ def cost_of_showing(trainer):
     with tempfile.TemporaryDirectory() as folder:
         folder, seconds = Path(folder), []
         log = LossLog(folder)
-        losses = torch.rand(EPOCHS, len(LOSSES))
+        figures = torch.rand(EPOCHS, len(FIGURES))
+        page = Page(folder, trainer, EPOCHS, log, {})
         for _ in range(2):  # the first time opens files and loads libraries
             with stopwatch(trainer.device, seconds):
                 show_samples(trainer, log, folder)
             with stopwatch(trainer.device, seconds):
                 checkpoint.write(folder / "checkpoint.pt", trainer.state())
+                checkpoint.write(folder / "generator.pt", trainer.generator_state())
             with stopwatch(trainer.device, seconds):
-                log.add(1, losses[:1], 1)
-            log.add(EPOCHS, losses[: EPOCHS - len(log.rows)], 1)
+                log.add(1, figures[:1], 1)
+            log.add(EPOCHS, figures[: EPOCHS - len(log.rows)], 1)
             with stopwatch(trainer.device, seconds):
                 log.plot()
+                page.write()
         log.close()
-    return dict(zip(("sample", "checkpoint", "log line", "plot"), seconds[4:]))
+    return dict(zip(("sample", "checkpoint", "log line", "plot and page"), seconds[4:]))
 
 
 def receive(pipe):
@@ -415,7 +419,7 @@ def show(batch_size, results):
         "sample": SAMPLE_EVERY * epoch,
         "checkpoint": min(CHECKPOINT_EVERY * epoch, CHECKPOINT_MINUTES * 60),
         "log line": max(epoch, SHOW_EVERY),
-        "plot": PLOT_EVERY,
+        "plot and page": PAGE_EVERY,
     }
     shares = (f"{what} {s / every[what]:.2%}" for what, s in project["showing"].items())
     print(f"beside training, of the project's run: {', '.join(shares)}")

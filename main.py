@@ -4,8 +4,8 @@
     python main.py --epochs 40000            # a new run
     python main.py --epochs 40000 --pre-train 1     # go on with it after it was cut off
 
-Look at generated_videos/*.gif and trained_models/losses.png while it runs, or at both with
-`tensorboard --logdir trained_models`.
+Look at generated_videos/index.html while it runs, or at `tensorboard --logdir trained_models`.
+generate.py makes videos with what was trained.
 """
 
 import contextlib
@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import Checkpoints
+from checkpoint import Checkpoints, write
 from data import ClipDataset
+from gallery import Page
 from trainer import Trainer, parameters, train
 from utils import (
     IN_IPYTHON,
@@ -32,13 +33,13 @@ from utils import (
     move_old_run,
     number,
     one_line_errors,
+    pick_device,
     remove_parts,
-    save_gif,
     set_up_machine,
     signals_noted,
-    video_grid,
     what_failed,
 )
+from video import save_gif, video_grid
 
 NO_FLAGS = "size", "torch", "threads", "gpu", "clips_in_gpu"  # settings that come about
 # the defaults
@@ -92,24 +93,6 @@ def parse(argv=None):
         "the CPU always does",
     )
     return parser, parser.parse_args(argv)
-
-
-def pick_device(name):
-    """The torch device called `name`, with its index; "auto" takes CUDA, else MPS, else the CPU."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, ImportError) as error:
-        if is_out_of_memory(error):
-            raise UserError(
-                f"--device {name}: its memory is full; end what else runs on it"
-            ) from None
-        raise UserError(f"--device {name}: there is no such device here; try auto") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: one of auto, cpu, cuda, cuda:1, mps")
-    return device
 
 
 def pick_precision(name, device):
@@ -178,17 +161,28 @@ def run(args, to_go_on):
         else:
             for path in move_old_run(args.models, args.videos):
                 print(f"an older run was moved to {path}")
-        describe(args, trainer, precision, checkpoints.good and checkpoints.good[0])
+        facts = describe(args, trainer, precision, checkpoints.good and checkpoints.good[0])
+        for name, line in facts.items():
+            print(f"{name:<10}{line}")
         if not (args.videos / "real.gif").exists():
             save_gif(args.videos / "real.gif", video_grid(trainer.real_sample(args.seed)))
 
-        with signals_noted() as stop, LossLog(args.models, trainer.epoch) as log:
+        with (
+            signals_noted() as stop,
+            LossLog(args.models, trainer.epoch) as log,
+            Page(args.videos, trainer, args.epochs, log, facts) as page,
+        ):
+
+            def show():
+                log.plot()
+                page.write()
 
             def save():
                 state = trainer.state()
                 log.sync()
                 regular = trainer.epoch % args.checkpoint_every == 0
                 checkpoints.save({**state, "settings": settings, "data": data}, number=regular)
+                write(args.models / "generator.pt", trainer.generator_state())
 
             train(
                 trainer,
@@ -200,6 +194,7 @@ def run(args, to_go_on):
                 checkpoint_every=args.checkpoint_every,
                 checkpoint_seconds=args.checkpoint_minutes * 60,
                 stop=stop,
+                show=show,
             )
     if trainer.epoch < args.epochs:
         told = f"stopped after epoch {trainer.epoch}, saved to {checkpoints.newest}; to go on:"
@@ -252,26 +247,27 @@ def flag(setting):
 
 
 def describe(args, trainer, precision, checkpoint):
-    """Print what is trained, on what, and where to look. checkpoint: the path it goes on from."""
+    """What is trained, on what, and where to look: a dict of lines, by what they are about.
+
+    checkpoint: the path that it goes on from, or None.
+    """
     after = f", from {checkpoint}" if checkpoint else ""
     device, clips = trainer.device, trainer.clips
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cpu":
         where += f", {torch.get_num_threads()} threads"
     actions = f"{len(clips.actions)} actions ({' '.join(clips.actions)})"
-    print(f"device    {where}, {precision}")
-    print(
-        f"data      {args.data}: {len(clips)} clips, {clips.number_of_frames} frames "
-        f"of {clips.size}×{clips.size}, {actions if clips.actions else 'no action folders'}"
-    )
     sizes = (f"{name} {parameters(net):,}" for name, net in trainer.networks.items())
-    print(f"networks  {', '.join(sizes)} parameters")
-    print(
-        f"output    {args.videos}: a GIF every {args.sample_every} epochs; "
-        f"{args.models}: a checkpoint every {args.checkpoint_every} or "
-        f"{args.checkpoint_minutes:g} minutes, losses.csv, losses.png"
-    )
-    print(f"training  batch {args.batch_size}, epochs {trainer.epoch + 1} to {args.epochs}{after}")
+    return {
+        "device": f"{where}, {precision}",
+        "data": f"{args.data}: {len(clips)} clips, {clips.number_of_frames} frames "
+        f"of {clips.size}×{clips.size}, {actions if clips.actions else 'no action folders'}",
+        "networks": f"{', '.join(sizes)} parameters",
+        "output": f"{args.videos}: a GIF every {args.sample_every} epochs, all of them in "
+        f"index.html; {args.models}: a checkpoint every {args.checkpoint_every} or "
+        f"{args.checkpoint_minutes:g} minutes, generator.pt, losses.csv, losses.png",
+        "training": f"batch {args.batch_size}, epochs {trainer.epoch + 1} to {args.epochs}{after}",
+    }
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from utils import (
     number,
     one_line_errors,
     open_array,
+    progress_bar,
     whole_file,
 )
 
@@ -205,7 +206,7 @@ def convert(sources, out, size=96, every=1):
     record = read_record(out)
     done, skipped = {}, []
     with open(out / RECORD, "a") as file:
-        for array, source in tqdm(sources.items(), desc="resizing", unit="clip"):
+        for array, source in progress_bar(sources.items(), desc="resizing", unit="clip"):
             made_from = {"source": source.identity, "size": size, "every": every}
             frames = count_frames(out / array, size) if record.get(array) == made_from else None
             if frames is None:
@@ -304,7 +305,7 @@ def fetch_rest(url, part):
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
         name = part.name.removesuffix(".part")
-        with tqdm(desc=name, initial=have, total=total, unit="B", unit_scale=True) as bar:
+        with progress_bar(desc=name, initial=have, total=total, unit="B", unit_scale=True) as bar:
             while block := response.read(1 << 16):
                 have += file.write(block)
                 bar.update(len(block))

@@ -17,16 +17,17 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import ReadAhead, look, split
 from models import ImageDiscriminator, VideoDiscriminator, VideoGenerator
-from utils import LOSSES, TrainingError, is_out_of_memory, save_gif, video_grid
+from utils import FIGURES, LOSSES, TrainingError, is_out_of_memory, progress_bar
+from video import save_gif, video_grid
 
 REAL, FAKE = 0.9, 0.0  # one-sided label smoothing
 BETAS = 0.5, 0.999
 SAMPLES = 16  # videos in a sample GIF
-SHOW_EVERY, PLOT_EVERY = 0.5, 60  # seconds between losses shown and logged, and drawn
+SHOW_EVERY = 0.5  # seconds between losses shown and logged
+PAGE_EVERY, NEWS_EVERY = 60, 5  # seconds between page and plot drawn, and where samples are new
 WARM_UP = 3  # epochs before one is recorded as a CUDA graph
 DIVERGED = "are not finite: try a smaller --lr, or --precision fp32"
 
@@ -157,7 +158,9 @@ class Trainer:
     def update(self, pixels, noise, looked_at):
         """The update: a step of D_I and D_V with G_I and R_M fixed, then the other way round.
 
-        Takes what `draw` returns. Returns the losses D_I, D_V, G_I, G_V: (4,), on the device.
+        Takes what `draw` returns. Returns the figures of an epoch, (8,), on the device: the losses
+        D_I, D_V, G_I, G_V, then the mean answers, from 0 to 1, that D_I and D_V gave to what was
+        real, and to what was generated, before their step.
         """
         D_I, D_V = self.image_discriminator.logits, self.video_discriminator.logits
         self.optimizer_d.zero_grad()
@@ -165,13 +168,14 @@ class Trainer:
 
         real_window, real_frame = look(pixels, self.batch_size)
         with self.autocast:
-            real_D_I, real_D_V = bce(D_I(real_frame), REAL), bce(D_V(real_window), REAL)
+            on_real = D_I(real_frame), D_V(real_window)
+        real_D_I, real_D_V = (bce(logits, REAL) for logits in on_real)
         (real_D_I + real_D_V).backward()
         del real_window, real_frame
         fake_window, fake_frame = self.generate(noise, looked_at)
         with self.autocast:
-            fake_D_I = bce(D_I(fake_frame.detach()), FAKE)
-            fake_D_V = bce(D_V(fake_window.detach()), FAKE)
+            on_fake = D_I(fake_frame.detach()), D_V(fake_window.detach())
+        fake_D_I, fake_D_V = (bce(logits, FAKE) for logits in on_fake)
         (fake_D_I + fake_D_V).backward()
         self.optimizer_d.step()
         self.optimizer_d.zero_grad()  # not needed any more: memory for what comes
@@ -182,38 +186,40 @@ class Trainer:
         (G_I + G_V).backward()
         self.optimizer_g.step()
 
-        return torch.stack([real_D_I + fake_D_I, real_D_V + fake_D_V, G_I, G_V]).detach()
+        losses = real_D_I + fake_D_I, real_D_V + fake_D_V, G_I, G_V
+        answers = (x.detach().float().sigmoid().mean() for x in (*on_real, *on_fake))
+        return torch.stack([*losses, *answers]).detach()
 
     def train_epoch(self):
-        """Draw and update once. Returns the losses D_I, D_V, G_I, G_V: (4,), on the device.
+        """Draw and update once. Returns the epoch's figures, (8,), as `update` does.
 
         On CUDA the first epochs run kernel by kernel; then one is recorded as a CUDA graph, and
         from there on each is one launch: Python is slower at launching kernels than a GPU at
         running them.
         """
         if not self.use_graph:
-            losses = self.update(*self.draw())
+            figures = self.update(*self.draw())
         elif self.epochs_before_graph:
             self.epochs_before_graph -= 1
-            losses = self._on_side_stream()
+            figures = self._on_side_stream()
         else:
             if self.graph is None:
                 self._record(None if self.ahead is None else self.next_pixels())
             elif self.ahead is not None:
                 self.recorded_pixels.copy_(self.ahead.next(), non_blocking=True)
             self.graph.replay()
-            losses = self.recorded_losses.clone()
+            figures = self.recorded_figures.clone()
         self.epoch += 1
-        return losses
+        return figures
 
     def _on_side_stream(self):
         """An epoch as recording needs it before: the optimisers' state made, kernels chosen."""
         main_stream = torch.cuda.current_stream(self.device)
         self.side_stream.wait_stream(main_stream)
         with torch.cuda.stream(self.side_stream):
-            losses = self.update(*self.draw())
+            figures = self.update(*self.draw())
         main_stream.wait_stream(self.side_stream)
-        return losses
+        return figures
 
     def _record(self, pixels):
         """Record an epoch without running it; each replay draws anew, from `rng`.
@@ -235,7 +241,7 @@ class Trainer:
                     register(self.rng)
             try:
                 with recording:
-                    losses = self.update(*self.draw(pixels))
+                    figures = self.update(*self.draw(pixels))
             except RuntimeError as error:  # a changed update that waits for the GPU: print(loss)
                 if is_out_of_memory(error) or is_out_of_memory(error.__context__):
                     raise
@@ -244,7 +250,7 @@ class Trainer:
                     f"an epoch cannot be recorded as a CUDA graph ({reason}); "
                     "--no-graph trains kernel by kernel"
                 ) from error
-        self.graph, self.recorded_pixels, self.recorded_losses = graph, pixels, losses
+        self.graph, self.recorded_pixels, self.recorded_figures = graph, pixels, figures
 
     @torch.no_grad()
     def sample(self):
@@ -284,6 +290,11 @@ class Trainer:
         if not all(tensor.isfinite().all() for tensors in held for tensor in tensors.values()):
             raise TrainingError(f"after epoch {self.epoch} weights or their moments {DIVERGED}")
         return state
+
+    def generator_state(self):
+        """What generating videos needs of `state`."""
+        R_M, G_I = (self.networks[name].state_dict() for name in ("R_M", "G_I"))
+        return {"epoch": self.epoch, "seed": self.seed, "networks": {"R_M": R_M, "G_I": G_I}}
 
     def differences(self, state):
         """A line for each tensor that has another shape in `state` than here."""
@@ -350,14 +361,14 @@ class Trainer:
             self.ahead.go_on_from(anew.get_state() if states["clips"] is None else states["clips"])
 
 
-def check_finite(epoch, losses):
-    """Raise TrainingError if a loss of the epochs up to `epoch`, (n, 4), is not finite."""
-    bad = (~losses.isfinite()).nonzero().tolist()
+def check_finite(epoch, figures):
+    """Raise TrainingError if a figure of the epochs up to `epoch`, (n, 8), is not finite."""
+    bad = (~figures.isfinite()).nonzero().tolist()
     if bad:
         row, column = bad[0]
-        at = epoch - len(losses) + 1 + row
-        value = losses[row, column].item()
-        raise TrainingError(f"at epoch {at} the losses ({LOSSES[column]}: {value}) {DIVERGED}")
+        at = epoch - len(figures) + 1 + row
+        value = figures[row, column].item()
+        raise TrainingError(f"at epoch {at} the losses ({FIGURES[column]}: {value}) {DIVERGED}")
 
 
 def show_samples(trainer, log, videos):
@@ -377,27 +388,28 @@ def train(
     checkpoint_every,
     checkpoint_seconds=math.inf,
     stop=(),
+    show=lambda: None,
 ):
     """Train up to epoch `epochs`, with a progress bar, sample GIFs and checkpoints on the way.
 
     log: a LossLog; save_checkpoint: called with nothing; videos: the folder for the GIFs. Samples
     are made every so many epochs, and checkpoints, or sooner, when the last is so many seconds old;
-    both also at the last epoch. losses.png is drawn once a minute.
+    both also at the last epoch.
     stop: once it holds something (see `signals_noted`), the epoch in hand is the last; that gives a
     checkpoint.
+    show: called with nothing, to draw how the run stands: once a minute, and soon after samples.
     Raises TrainingError, before anything is saved, if a loss is not finite.
     """
     if trainer.epoch == 0:
         show_samples(trainer, log, videos)
-    waiting, since, plotted = [], time.perf_counter(), 0
-    saved = since
+    show()
+    waiting, since = [], time.perf_counter()
+    saved = shown = since
     pace = None  # a running mean of the seconds an epoch takes
-    bar = tqdm(
+    bar = progress_bar(
         total=epochs,
         initial=trainer.epoch,
         unit="epoch",
-        mininterval=0.5,
-        dynamic_ncols=True,
         bar_format="{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
     )
     with bar:
@@ -414,23 +426,23 @@ def train(
             # A host that runs ahead of a GPU must go by the count, not by its own clock.
             waited = max(len(waiting) * (pace or SHOW_EVERY), time.perf_counter() - since)
             if sample_now or save_now or waited >= SHOW_EVERY:
-                losses = torch.stack(waiting).cpu()
+                figures = torch.stack(waiting).cpu()
                 seconds = time.perf_counter() - since
-                log.add(trainer.epoch, losses, seconds)
+                log.add(trainer.epoch, figures, seconds)
                 each = seconds / len(waiting)
                 pace = each if pace is None else 0.8 * pace + 0.2 * each
                 took = f"{pace:.3g} s" if pace >= 0.9995 else f"{pace * 1000:.3g} ms"
-                figures = " ".join(f"{n} {x:.2f}" for n, x in zip(LOSSES, losses[-1].tolist()))
-                bar.set_postfix_str(f"{took}/epoch, {figures}", refresh=False)
+                losses = " ".join(f"{n} {x:.2f}" for n, x in zip(LOSSES, figures[-1].tolist()))
+                bar.set_postfix_str(f"{took}/epoch, {losses}", refresh=False)
                 bar.update(len(waiting))
                 waiting = []
-                check_finite(trainer.epoch, losses)
+                check_finite(trainer.epoch, figures)
                 try:
                     if sample_now:
                         show_samples(trainer, log, videos)
-                    if time.perf_counter() - plotted > PLOT_EVERY:
-                        log.plot()
-                        plotted = time.perf_counter()
+                    if time.perf_counter() - shown > (NEWS_EVERY if sample_now else PAGE_EVERY):
+                        show()
+                        shown = time.perf_counter()
                 except OSError:  # pictures that cannot be written: save what they were to show
                     save_checkpoint()
                     raise

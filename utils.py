@@ -5,6 +5,7 @@ import builtins
 import contextlib
 import ctypes
 import errno
+import io
 import os
 import shutil
 import signal
@@ -18,12 +19,15 @@ import torch
 from filelock import FileLock, Timeout
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
-from torchvision.utils import make_grid
+from tqdm import tqdm
 
 IN_IPYTHON = hasattr(builtins, "__IPYTHON__")  # Jupyter and Colab, too
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-LOSSES = "D_I", "D_V", "G_I", "G_V"  # the four terms, in the order that every part keeps
+# The figures of an epoch, in the order that every part keeps: the losses, and D's mean answers.
+LOSSES = "D_I", "D_V", "G_I", "G_V"
+ANSWERS = "D_I on real", "D_V on real", "D_I on fake", "D_V on fake"
+FIGURES = LOSSES + ANSWERS
+LOOKS_AT = {"frames": (1, 3), "videos": (2, 4)}  # columns of losses.csv
 
 
 # ---------------------------------------------------------------- errors and the command line
@@ -184,6 +188,12 @@ def folder(text):
     return Path(text)
 
 
+def progress_bar(*iterable, **options):
+    """A tqdm bar, one line that moves: on stderr, or in a notebook's cell, where that is red."""
+    stream = sys.stdout if IN_IPYTHON else sys.stderr
+    return tqdm(*iterable, file=stream, mininterval=0.5, dynamic_ncols=True, **options)
+
+
 def number(kind, low, high=float("inf")):
     """An argparse type: an int or a float (`kind`) from `low` to `high`."""
 
@@ -199,6 +209,24 @@ def number(kind, low, high=float("inf")):
         return value
 
     return parse
+
+
+def pick_device(name):
+    """The torch device called `name`, with its index; "auto" takes CUDA, else MPS, else the CPU."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise UserError(
+                f"--device {name}: its memory is full; end what else runs on it"
+            ) from None
+        raise UserError(f"--device {name}: there is no such device here; try auto") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: one of auto, cpu, cuda, cuda:1, mps")
+    return device
 
 
 def set_up_machine(device, deterministic=False):
@@ -234,13 +262,6 @@ def to_float(pixels):
 def to_uint8(frames):
     """Float -1..1 to bytes 0..255, rounded; the inverse of `to_float`. Any shape."""
     return ((frames.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def video_grid(videos, columns=4):
-    """Videos side by side: (B, 3, K, S, S) float in [-1, 1] to (K, H, W, 3) uint8."""
-    frames = to_uint8(videos).cpu().unbind(dim=2)
-    grids = [make_grid(f, nrow=columns, padding=2, pad_value=255) for f in frames]
-    return torch.stack(grids).permute(0, 2, 3, 1).numpy()
 
 
 # ---------------------------------------------------------------- files
@@ -312,41 +333,20 @@ def sync_folder(folder):
             os.close(descriptor)
 
 
-def save_gif(path, frames, fps=25):
-    """Write frames, (K, H, W, 3) uint8, as a GIF that loops for ever.
-
-    All frames share one palette of 256 colours: with one each, as imageio would write them, colours
-    flicker that do not in the video.
-    """
-    every_colour = Image.fromarray(np.concatenate(frames))
-    palette = every_colour.quantize(256, method=Image.Quantize.FASTOCTREE)
-    images = [
-        Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames
-    ]
-    with whole_file(path) as file:
-        images[0].save(
-            file,
-            format="GIF",
-            save_all=True,
-            append_images=images[1:],
-            duration=round(1000 / fps),
-            loop=0,
-        )
-
-
 # ---------------------------------------------------------------- the folders of a run
 
 OF_MODELS = (
     "checkpoint.pt",
     "checkpoint-previous.pt",
     "checkpoint-[0-9]*[0-9].pt",
+    "generator.pt",
     "losses.csv",
     "losses-before-[0-9]*.csv",
     "losses.png",
     "events.out.tfevents.*",
 )
 NO_LOCKS = errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK  # of some network file systems
-OF_VIDEOS = "real.gif", "epoch-*.gif"
+OF_VIDEOS = "real.gif", "epoch-*.gif", "index.html"
 
 
 @contextlib.contextmanager
@@ -464,19 +464,22 @@ class LossLog:
             file.write(self.path.read_bytes())
         return f"; as it was, it is kept as {aside.name}"
 
-    def add(self, epoch, losses, seconds):
-        """Log epochs `epoch` - n + 1 ... `epoch`, (n, 4) losses, which took `seconds` in all.
+    def add(self, epoch, figures, seconds):
+        """Log epochs `epoch` - n + 1 ... `epoch`, (n, 8) figures, which took `seconds` in all.
 
-        losses.csv has a line for each. TensorBoard, slower, gets their mean: one point a call.
+        losses.csv has the four losses of each. TensorBoard, slower, gets the mean of every figure:
+        one point a call.
         """
-        losses = losses.float().cpu().numpy()
+        figures = figures.float().cpu().numpy()
+        losses = figures[:, : len(LOSSES)]
         each = round(seconds / len(losses), 6)
         rows = [(i, *row, each) for i, row in enumerate(losses, start=epoch - len(losses) + 1)]
         self.rows += rows
         self.file.write("".join(",".join(map(str, row)) + "\n" for row in rows))
         self.file.flush()
-        for name, value in zip(LOSSES, losses.mean(axis=0)):
-            self._to_board("add_scalar", f"loss/{name}", value, epoch)
+        for name, value in zip(FIGURES, figures.mean(axis=0)):
+            group = "loss" if name in LOSSES else "mean answer"
+            self._to_board("add_scalar", f"{group}/{name}", value, epoch)
         self._to_board("add_scalar", "seconds an epoch", each, epoch)
 
     def add_image(self, name, image, epoch):
@@ -504,26 +507,35 @@ class LossLog:
         """Draw losses.png: each loss of each epoch faintly, and its running mean."""
         figure = Figure(figsize=(10, 4), layout="constrained")
         FigureCanvasAgg(figure)
-        table = np.array(self.rows, dtype=np.float64).reshape(-1, len(LOSSES) + 2)
-        width = max(1, len(table) // 50)
-        step = max(1, len(table) // 2000)  # more points than pixels would only take time
-        for axes, looks_at, pair in zip(
-            figure.subplots(1, 2), ("frames", "videos"), ((1, 3), (2, 4))
-        ):
-            for column, colour in zip(pair, ("tab:blue", "tab:orange")):
-                values = table[:, column]
-                axes.plot(table[::step, 0], values[::step], color=colour, alpha=0.25, linewidth=0.5)
-                if len(values):
-                    mean = np.convolve(values, np.ones(width) / width, mode="valid")
-                    epochs = table[width - 1 :, 0]
-                    axes.plot(epochs[::step], mean[::step], color=colour)
-                axes.plot([], [], color=colour, label=LOSSES[column - 1])
-            axes.set(xlabel="epoch", ylabel="binary cross-entropy", title=f"losses on {looks_at}")
-            axes.set_ylim(bottom=0)
-            axes.grid(alpha=0.3)
-            axes.legend(loc="upper left")
+        for axes, looks_at in zip(figure.subplots(1, 2), LOOKS_AT):
+            self._draw(axes, looks_at, points=2000)  # more, than pixels, would only take time
         with whole_file(self.path.with_suffix(".png")) as file:
             figure.savefig(file, format="png", dpi=100)
+
+    def curves(self, looks_at):
+        """One of the two halves of `plot`, on "frames" or on "videos", as SVG: bytes."""
+        figure = Figure(figsize=(4.5, 3), layout="constrained")
+        self._draw(figure.subplots(), looks_at, points=400)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+        return file.getvalue()
+
+    def _draw(self, axes, looks_at, points):
+        table = np.array(self.rows, dtype=np.float64).reshape(-1, len(LOSSES) + 2)
+        width = max(1, len(table) // 50)
+        step = max(1, len(table) // points)
+        for column, colour in zip(LOOKS_AT[looks_at], ("tab:blue", "tab:orange")):
+            values = table[:, column]
+            axes.plot(table[::step, 0], values[::step], color=colour, alpha=0.25, linewidth=0.5)
+            if len(values):
+                mean = np.convolve(values, np.ones(width) / width, mode="valid")
+                epochs = table[width - 1 :, 0]
+                axes.plot(epochs[::step], mean[::step], color=colour)
+            axes.plot([], [], color=colour, label=LOSSES[column - 1])
+        axes.set(xlabel="epoch", ylabel="binary cross-entropy", title=f"losses on {looks_at}")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="best")
 
     def sync(self):
         """Have all that was logged on the disk: a checkpoint must not be ahead of its losses."""

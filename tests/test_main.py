@@ -12,7 +12,10 @@ from conftest import DEVICES, ROOT, SHARED, run
 from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import checkpoint
+import generate
 import main
+import utils
 from models import VideoGenerator
 from utils import to_uint8
 
@@ -118,6 +121,10 @@ def test_what_a_run_leaves(finished):
             epoch = event.step
         assert epoch == 5
     assert [event.step for event in board.Images("samples")] == [0, 2, 4, 5]
+    for name in ("D_I on real", "D_V on real", "D_I on fake", "D_V on fake"):
+        answers = board.Scalars(f"mean answer/{name}")
+        assert answers[-1].step == 5 and all(0 < answer.value < 1 for answer in answers)
+    assert board.Scalars("seconds an epoch")[-1].value > 0
     assert not list(folders.models.parent.rglob("*.part"))
 
 
@@ -143,6 +150,17 @@ def test_samples_are_those_of_the_checkpoint(finished):
         with torch.no_grad():
             video = generator(*(noise[i : i + 1] for noise in checkpoint["sample_noise"]))[0]
         assert np.abs(to_uint8(video).permute(1, 2, 3, 0).numpy() - shown[:, i]).mean() < 8
+
+
+def test_generator_pt_is_enough_to_generate(finished, tmp_path):
+    """With each checkpoint comes the part of it that makes videos, a fourteenth of its size."""
+    folders, _ = finished
+    files = {name: folders.models / name for name in ("generator.pt", "checkpoint.pt")}
+    assert 14 * files["generator.pt"].stat().st_size < files["checkpoint.pt"].stat().st_size
+    for name, path in files.items():
+        generate.main([f"--checkpoint={path}", "--num=1", f"--out={tmp_path / name}"])
+    first, second = ((tmp_path / name / "video-0000.gif").read_bytes() for name in files)
+    assert first == second and checkpoint.read(files["generator.pt"])["epoch"] == 5
 
 
 def test_samples_come_from_the_same_noise(finished):
@@ -228,7 +246,7 @@ def test_bfloat16_and_the_device(folders):
 
 
 def test_auto_takes_what_is_there():
-    device = main.pick_device("auto")
+    device = utils.pick_device("auto")
     has_mps = torch.backends.mps.is_available()
     expected = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     assert device.type == expected

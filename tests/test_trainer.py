@@ -82,7 +82,7 @@ def test_update_is_the_one_in_the_book(clips, device, dtype, monkeypatch):
             expected_losses = torch.tensor(book.update(window, frame, noise, looked_at))
         both = {"D": trainer.optimizer_d, "G": trainer.optimizer_g}
         with gradients_at_each_step(both) as taken:
-            losses = trainer.update(pixels, noise, looked_at).cpu()
+            losses = trainer.update(pixels, noise, looked_at).cpu()[:4]
         rtol = 1e-6 if exact else 1e-4  # a Python list of losses is made float32
         torch.testing.assert_close(losses.float(), expected_losses, rtol=rtol, atol=0)
         expected = {"D": expected["D_I"] + expected["D_V"], "G": expected["R_M"] + expected["G_I"]}
@@ -106,6 +106,25 @@ def test_update_is_the_one_in_the_book(clips, device, dtype, monkeypatch):
             for (key, new), value in zip(net.named_buffers(), book.networks[name].buffers()):
                 error = (new - value).double().norm()
                 assert error <= (1e-9 if exact else 1e-3) * value.double().norm(), f"{name} {key}"
+
+
+def test_answers_are_the_mean_probabilities_before_the_step(clips):
+    trainer = Trainer(clips, batch_size=3)
+    for _ in range(3):
+        pixels, noise, looked_at = trainer.draw()
+        before = copy.deepcopy(trainer.networks)
+        with torch.no_grad():
+            real_window, real_frame = trainer_module.look(pixels, 3)
+            fake_window, fake_frame = trainer.generate(noise, looked_at)
+            expected = [
+                before["D_I"](real_frame).mean(),
+                before["D_V"](real_window).mean(),
+                before["D_I"](fake_frame).mean(),
+                before["D_V"](fake_window).mean(),
+            ]
+        answers = trainer.update(pixels, noise, looked_at)[4:]
+        torch.testing.assert_close(answers, torch.stack(expected), rtol=1e-4, atol=1e-6)
+    assert len(answers.unique()) == 4 and (answers > 0).all() and (answers < 1).all()
 
 
 def test_discriminators_learn_in_their_own_step_only(clips):

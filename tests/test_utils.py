@@ -15,21 +15,19 @@ import pytest
 import small
 import torch
 from conftest import ROOT
-from PIL import Image, ImageSequence
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import main
+import utils
 from utils import (
     LossLog,
     alone_in,
     move_old_run,
     number,
     prints_without_fail,
-    save_gif,
     set_up_machine,
     signals_noted,
-    video_grid,
     whole_file,
 )
 
@@ -47,38 +45,6 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
-
-
-def test_grid_and_gif(tmp_path):
-    """Sixteen videos of one colour each stand where they should, play, and loop."""
-    levels = torch.linspace(-1, 0.8, 16)
-    videos = levels[:, None, None, None, None] * torch.ones(16, 3, 5, 32, 32)
-    videos = videos + torch.tensor([0, 0.2, 0, 0.2, 0])[:, None, None]  # or Pillow merges frames
-    grid = video_grid(videos.clamp(-1, 1))
-    assert grid.shape == (5, 4 * 34 + 2, 4 * 34 + 2, 3) and grid.dtype == np.uint8
-    for i, level in enumerate(levels):
-        row, column = divmod(i, 4)
-        tile = grid[0, row * 34 + 2 : row * 34 + 34, column * 34 + 2 : column * 34 + 34]
-        assert (tile == round((float(level) + 1) * 127.5)).all()
-    assert (grid[:, :2] == 255).all()  # the frame around them
-
-    save_gif(tmp_path / "a.gif", grid, fps=25)
-    gif = Image.open(tmp_path / "a.gif")
-    frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
-    assert gif.info["loop"] == 0 and gif.info["duration"] == 40
-    assert len(frames) == 5
-    assert np.abs(np.stack(frames).astype(int) - grid).max() <= 16  # 256 colours
-
-
-def test_what_stands_still_in_a_video_stands_still_in_its_gif(tmp_path, drawn):
-    clip = drawn[:16].copy()
-    still = (clip == clip[0]).all(axis=(0, 3))
-    assert 0.5 < still.mean() < 0.99
-    save_gif(tmp_path / "a.gif", clip)
-    gif = ImageSequence.Iterator(Image.open(tmp_path / "a.gif"))
-    frames = np.stack([np.array(frame.convert("RGB")) for frame in gif])
-    assert (frames[:, still] == frames[0, still]).all()
-    assert np.abs(frames.astype(int) - clip).mean() < 4
 
 
 def test_numbers_of_the_command_line():
@@ -102,6 +68,7 @@ def test_an_old_run_is_moved_whole(tmp_path):
     assert move_old_run(models, videos) == []
     for stamps in (["2026-03-01_10-00-00"], ["2026-03-01_10-00-00_2"]):
         ours = [models / "checkpoint.pt", models / "losses.csv", models / "events.out.tfevents.1.x"]
+        ours += [models / "generator.pt", videos / "index.html"]
         ours += [videos / "real.gif", videos / "epoch-000000.gif"]
         for path in (*ours, models / "notes.txt", videos / "mine.gif"):
             path.write_text(path.name)
@@ -286,7 +253,7 @@ def test_a_device_comes_with_its_index(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with FakeTensorMode():
         for name in ("auto", "cuda", "cuda:0"):
-            assert main.pick_device(name) == torch.device("cuda:0")
+            assert utils.pick_device(name) == torch.device("cuda:0")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
