@@ -15,6 +15,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/browser.py
 	$(BIN)/python -m pytest
 
 format: $(VENV)/.installed-dev

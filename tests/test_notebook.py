@@ -1,0 +1,166 @@
+"""mocogan.ipynb, run cell by cell as Jupyter and Colab do, in an empty folder."""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pytest
+from conftest import ROOT
+from nbclient import NotebookClient
+from PIL import Image, ImageSequence
+
+NOTEBOOK = ROOT / "mocogan.ipynb"
+ADDRESS = "https://github.com/OWNER/mocogan"
+
+
+def published(folder):
+    """A Git repository of the project as it stands, changes that are not committed included."""
+    folder.mkdir()
+    for path in ROOT.iterdir():
+        if path.suffix in (".py", ".txt"):
+            shutil.copy(path, folder)
+    git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b"]
+    for step in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *step], check=True)
+    return folder
+
+
+def fill_in(notebook, **fields):
+    """Give the form fields other values, wherever they are."""
+    for name, value in fields.items():
+        field = re.compile(rf"^{name} = .*?(?=  # @param)", re.MULTILINE)
+        assert any(field.search(cell.source) for cell in notebook.cells), name
+        for cell in notebook.cells:
+            cell.source = field.sub(f"{name} = {value!r}", cell.source)
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """The notebook after all cells ran; "offline", and with a stand-in for Colab's Drive."""
+    folder = tmp_path_factory.mktemp("notebook")
+    repository = published(folder / "repository")
+    fake = folder / "fake" / "google" / "colab"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text("")
+    (fake / "drive.py").write_text(
+        f"import pathlib\ndef mount(at):\n    pathlib.Path({str(folder)!r}, 'MyDrive').mkdir()\n"
+    )
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    fill_in(
+        notebook,
+        repository=str(repository),
+        use_drive=True,
+        epochs=2,
+        epochs_in_all=3,
+        batch_size=2,
+        sample_every=1,
+    )
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("/content/drive/MyDrive", str(folder / "MyDrive"))
+    home = folder / "content"
+    home.mkdir()
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
+    environment = {
+        **os.environ,
+        **nowhere,
+        "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(folder / "fake"),
+        "IPYTHONDIR": str(folder / "ipython"),
+        "no_proxy": "",
+        "JUPYTER_PLATFORM_DIRS": "1",
+    }
+    client = NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(home)}},
+    )
+    client.execute(env=environment)
+    return notebook, folder
+
+
+def outputs(executed, cell):
+    """What the cell with that id printed, on both streams, and the data that it shows."""
+    notebook, _ = executed
+    (found,) = (one for one in notebook.cells if one.id == cell)
+    said = {"stdout": "", "stderr": ""}
+    shown = []
+    for output in found.outputs:
+        if output.output_type == "stream":
+            said[output.name] += output.text
+        elif output.output_type in ("display_data", "execute_result"):
+            shown.append(output.data)
+    return said, shown
+
+
+def gifs(shown):
+    """The frames of the GIFs among what is shown."""
+    for data in shown:
+        if "image/gif" in data:
+            gif = Image.open(io.BytesIO(base64.b64decode(data["image/gif"])))
+            yield np.stack([np.array(f.convert("RGB")) for f in ImageSequence.Iterator(gif)])
+
+
+def test_every_cell_ran(executed):
+    notebook, folder = executed
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(cells) >= 9 and all(cell.execution_count for cell in cells)
+    for cell in cells:
+        said, _ = outputs(executed, cell.id)
+        assert "Traceback" not in said["stdout"] + said["stderr"]
+        if cell.id != "clips":
+            assert said["stderr"] == "", cell.id  # Jupyter shows that in red
+    assert (folder / "content" / "mocogan" / ".git").is_dir()  # cloned
+    assert (folder / "MyDrive" / "mocogan" / "trained_models" / "checkpoint.pt").exists()
+
+
+def test_without_a_network_people_are_drawn(executed):
+    said, _ = outputs(executed, "clips")
+    (line,) = said["stderr"].splitlines()
+    assert line.startswith("resize.py: error: cannot download ") and "bend.zip" in line
+    assert "drawing people instead" in said["stdout"]
+    record = (executed[1] / "content/mocogan/resized_data/clips.jsonl").read_text().splitlines()
+    assert len(record) > 80 and all(json.loads(line) for line in record)
+
+
+@pytest.mark.parametrize("cell, done", [("train", 2), ("resume", 3)])
+def test_one_tidy_bar(executed, cell, done):
+    """What is left on the screen where each line begins anew after a carriage return."""
+    said, _ = outputs(executed, cell)
+    lines = [line.split("\r")[-1] for line in said["stdout"].split("\n")]
+    bars = [line for line in lines if re.search(r"\d+/\d+ \|", line)]
+    assert len(bars) == 1 and bars[0].startswith(f"{done}/{done} |") and "ms/epoch" in bars[0]
+    assert any(line.startswith("done: ") for line in lines)
+
+
+def test_gifs_are_shown_inline(executed):
+    for cell, epoch in (("samples", 2), ("resume", 3)):
+        said, shown = outputs(executed, cell)
+        samples, real = gifs(shown)
+        assert samples.shape == real.shape == (16, 394, 394, 3)
+        assert f"epoch-{epoch:06d}.gif" in said["stdout"] and real.std() > 20
+        assert any("image/png" in data for data in shown)  # the losses
+    for cell, shape in (("grid", (16, 408, 602, 3)), ("walk", (16, 214, 602, 3))):
+        (sheet,) = gifs(outputs(executed, cell)[1])
+        assert sheet.shape == shape
+    _, shown = outputs(executed, "long")
+    assert any("data:video/mp4;base64," in data.get("text/html", "") for data in shown)
+
+
+def test_the_notebook_is_clean():
+    """It is committed without outputs, and the README's badge has the address that it clones."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        assert not cell.get("outputs") and not cell.get("execution_count")
+    assert ADDRESS in NOTEBOOK.read_text(encoding="utf-8")
+    path = ADDRESS.removeprefix("https://github.com/")
+    badge = f"https://colab.research.google.com/github/{path}/blob/main/mocogan.ipynb"
+    assert badge in (ROOT / "README.md").read_text(encoding="utf-8")
