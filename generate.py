@@ -159,7 +159,7 @@ def content_motion_grid(
         [f"content {r + 1}" for r in range(rows)],
         [f"motion {c + 1}" for c in range(columns)],
     )
-    return _on_a_sheet(play(generator, z_content, z_motion), labels, scale, resample)
+    return _on_a_sheet(generator, play(generator, z_content, z_motion), labels, scale, resample)
 
 
 def interpolation(
@@ -170,6 +170,8 @@ def interpolation(
     what: "content" goes from one z_C to another; "motion" goes from one path of noise (and R_M's
     first state) to another. Row r goes from draw 2r - 1 to draw 2r of the seed, in equal angles.
     Yields frames as `content_motion_grid` does.
+
+    Both raise UserError if the grid is more than 16,384 pixels wide or high.
     """
     ways = [s / max(1, columns - 1) for s in range(columns)]
     starts, ends = range(0, 2 * rows, 2), range(1, 2 * rows, 2)
@@ -189,13 +191,13 @@ def interpolation(
         [f"{what} {a + 1}–{b + 1}" for a, b in zip(starts, ends)],
         [f"{round(100 * s)} %" for s in ways],
     )
-    return _on_a_sheet(play(generator, z_content, z_motion), labels, scale, resample)
+    return _on_a_sheet(generator, play(generator, z_content, z_motion), labels, scale, resample)
 
 
-def _on_a_sheet(played, labels, scale, resample):
-    sheet = None
+def _on_a_sheet(generator, played, labels, scale, resample):
+    size = 16 * generator.image_generator.main[0].kernel_size[0]
+    sheet = LabelledGrid(*labels, size * scale)
     for cells in played:
-        sheet = sheet or LabelledGrid(*labels, cells.shape[1] * scale)
         yield sheet.frame(enlarge(cell, scale, resample) for cell in cells)
 
 

@@ -24,9 +24,10 @@ from utils import UserError, to_uint8, whole_file
 
 FORMATS = "gif", "mp4", "png", "npy"
 GIF_FPS = 50  # browsers slow down what is faster
-PALETTE_FRAMES = 256  # as many frames as a GIF's colours are chosen from, at most
+PALETTE_BYTES = 2**26  # of the first frames, from which a GIF's colours are chosen
 UNCHANGED = 255  # the entry of a GIF's palette for a pixel that stays
 RESAMPLE = {"nearest": cv2.INTER_NEAREST, "lanczos": cv2.INTER_LANCZOS4}
+WIDEST = 16384  # pixels; H.264 goes no further
 INK, LINE, PAPER = (40, 40, 40), (150, 150, 150), (255, 255, 255)
 
 
@@ -45,14 +46,16 @@ def save_video(path, frames, fps=25):
 def save_gif(path, frames, fps=25):
     """Write a GIF that loops for ever.
 
-    All frames share one palette, of the first 256 frames' colours: with one each, as imageio would
-    write them, colours flicker that do not in the video. A frame lasts a whole number of hundredths
-    of a second; those of 30 fps take turns, so that the video keeps time.
+    All frames share one palette, of the first 64 MB's colours (2,400 frames of 96×96): with one
+    each, as imageio would write them, colours flicker that do not in the video. A frame lasts a
+    whole number of hundredths of a second; those of 30 fps take turns, so that the video keeps
+    time.
     """
     if fps > GIF_FPS:
         raise UserError(f"a GIF plays at most {GIF_FPS} frames a second: take mp4 for {fps:g}")
     frames = iter(frames)
-    first = list(itertools.islice(frames, PALETTE_FRAMES))
+    first = [next(frames)]
+    first += itertools.islice(frames, PALETTE_BYTES // first[0].nbytes)
     every_colour = Image.fromarray(np.concatenate(first))
     palette = every_colour.quantize(UNCHANGED, method=Image.Quantize.FASTOCTREE)
     del every_colour
@@ -175,13 +178,19 @@ class LabelledGrid:
     """A sheet with a place for each of R × C videos: thin lines around them, labels at two sides.
 
     rows, columns: the labels, R beside the rows and C above the columns; size: S of the videos.
+    Raises UserError if the sheet would be too large.
     """
 
     def __init__(self, rows, columns, size):
         self.size, self.rows, self.columns = size, len(rows), len(columns)
         self.font = ImageFont.load_default(max(9, size // 8))
         self.margin = sum(self.font.getmetrics()) + 4
-        height, width = (self.margin + n * (size + 1) + 1 for n in (self.rows, self.columns))
+        height, width = (self._place(n) for n in (self.rows, self.columns))
+        if max(height, width) > WIDEST:
+            raise UserError(
+                f"{width}×{height} pixels are too many, {WIDEST} the most: take a smaller --scale, "
+                "or fewer --rows and --columns"
+            )
         # Even, as MP4 wants it.
         sheet = Image.new("RGB", (width + width % 2, height + height % 2), PAPER)
         lines = ImageDraw.Draw(sheet)

@@ -133,7 +133,7 @@ def test_a_gif_keeps_time(tmp_path):
 
 def test_a_gif_of_any_length_shows_every_frame(tmp_path, monkeypatch):
     """Frames after those that the colours are chosen from, and more colours than a palette has."""
-    monkeypatch.setattr(video, "PALETTE_FRAMES", 8)
+    monkeypatch.setattr(video, "PALETTE_BYTES", 7 * 24 * 40 * 3)
     clip = np.random.default_rng(0).integers(0, 256, (30, 1, 1, 3), np.uint8)
     clip = (clip // 2 + noisy(30) // 2).astype(np.uint8)
     save_gif(tmp_path / "a.gif", iter(clip))
