@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python resize.py --synthetic --out demo/resized_data
 	$(BIN)/python main.py --batch-size 4 --epochs 300 --sample-every 100 --data demo/resized_data \
 		--models demo/trained_models --videos demo/generated_videos
-	@echo "Look at demo/generated_videos/epoch-000300.gif, and beside it at real.gif."
+	@echo "Look at demo/generated_videos/index.html in a browser: what it made, what is real."
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

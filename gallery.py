@@ -171,6 +171,8 @@ class Page:
 def gif(path, epoch=None, loading="eager"):
     """An img element for 16 videos, with its size, so that the page does not jump."""
     what = "16 real videos" if epoch is None else f"16 generated videos, epoch {epoch}"
-    width, height = Image.open(path).size
-    size = f'width="{width}" height="{height}"'
+    try:
+        size = 'width="{}" height="{}"'.format(*Image.open(path).size)
+    except OSError:  # gone, or damaged: the page shows the text instead
+        size = ""
     return f'<img src="{path.name}" alt="{what}" {size} loading="{loading}">'

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,10 +197,21 @@ def test_a_run_without_news_may_have_been_cut_off(going_on, views, monkeypatch):
     assert "no news" not in view.text("header")
 
 
+def test_pictures_that_are_no_pictures_end_no_run(going_on):
+    for name in ("epoch-000001.gif", "epoch-x.gif", "epoch-99999999.gif", "epoch--3.gif"):
+        (going_on.folder / name).write_bytes(b"")
+    (going_on.folder / "epoch-000002.gif").mkdir()
+    (going_on.folder / "real.gif").unlink()
+    going_on.trainer.epoch = 10
+    going_on.write()
+    page = (going_on.folder / "index.html").read_text(encoding="utf-8")
+    shown = re.findall(r'src="(epoch-[^"]*)"', page)
+    assert shown == [f"epoch-00000{n}.gif" for n in (2, 0, 1, 2)] and "real.gif" in page
+
+
 def test_a_page_whose_folder_is_gone_hides_no_error(going_on):
     with pytest.raises(RuntimeError, match="the true one"), going_on:
-        for path in going_on.folder.iterdir():
-            path.unlink()
+        shutil.rmtree(going_on.folder)
         raise RuntimeError("the true one")
     with pytest.raises(OSError), going_on:
         pass
