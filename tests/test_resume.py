@@ -476,9 +476,9 @@ def test_a_file_size_limit(run, whole):
     assert_same(run, whole)
 
 
-@pytest.mark.parametrize("size", [0.05, 0.3, 1.2, 2.2, 3.2])
+@pytest.mark.parametrize("size", [0.05, 0.3, 1.5, 2.5, 3.5])
 def test_a_full_disk(run, whole, tmp_path, size):
-    """A file system of so many MB; a checkpoint takes one. With space, it goes on."""
+    """A file system of so many MB, of which a checkpoint takes one. With space, it goes on."""
     disk = tmp_path / "run"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={round(size * 1e6)}", "none", disk]
