@@ -7,10 +7,9 @@ in the page. While the run goes on it loads itself anew every half minute.
 import base64
 import contextlib
 import html
+import struct
 import time
 from string import Template
-
-from PIL import Image
 
 from utils import LOOKS_AT, whole_file
 
@@ -53,8 +52,8 @@ $refresh
   <p class="note" id="age"></p>
 </header>
 <section class="pair">
-  <figure id="large">$newest<figcaption>Generated after epoch <b>$newest_epoch</b>, 16 draws of
-    noise, the same ones each time. <a href="#" hidden>Show the newest</a></figcaption></figure>
+  <figure id="large">$newest<figcaption>Generated after epoch <b>$newest_epoch</b>, from 16 random
+    codes, the same ones each time. <a href="#" hidden>Show the newest</a></figcaption></figure>
   <figure>$real<figcaption>Real: 16 windows of the clips.</figcaption></figure>
 </section>
 <h2>Losses</h2>
@@ -62,7 +61,7 @@ $refresh
   cannot fall below 0.33; G_I and G_V are what the generators lose to them.</p>
 <section class="pair">$curves</section>
 <h2>Timeline</h2>
-<p class="note">The same noise at every epoch so far that has samples. Click one to enlarge it.</p>
+<p class="note">The same codes at every epoch so far that has samples. Click one to enlarge it.</p>
 <ol class="timeline">
 $timeline
 </ol>
@@ -92,6 +91,7 @@ $timeline
   function tell() {
     const minutes = Math.floor((Date.now() / 1000 - written) / 60);
     age.textContent = "as of " + new Date(written * 1000).toLocaleString();
+    if (refresh) age.textContent += ", loads itself anew every " + refresh + " seconds";
     if (refresh && minutes >= 5) {
       age.textContent += ": no news for " + minutes + " minutes, it may have been cut off";
       age.className = "late";
@@ -121,7 +121,8 @@ class Page:
         """The paths of the sample GIFs, by epoch, up to the one that the run stands at."""
         paths = {path.stem.removeprefix("epoch-"): path for path in self.folder.glob("epoch-*.gif")}
         paths = {int(digits): path for digits, path in paths.items() if digits.isdecimal()}
-        return {epoch: paths[epoch] for epoch in sorted(paths) if epoch <= self.trainer.epoch}
+        epochs = (epoch for epoch in sorted(paths) if epoch <= self.trainer.epoch)
+        return {epoch: paths[epoch] for epoch in epochs if paths[epoch].is_file()}
 
     def write(self, state="training"):
         """Write the page. state: "training", or how the run ended. Raises OSError."""
@@ -163,7 +164,7 @@ class Page:
     def __exit__(self, kind, error, _):
         state = "done" if self.trainer.epoch >= self.epochs else "stopped"
         if kind:
-            state = f"stopped by {kind.__name__}: {error}"
+            state = f"stopped by {kind.__name__}{': ' if str(error) else ''}{error}"
         with contextlib.suppress(*[OSError] if kind else []):  # what ended the run is said instead
             self.write(state)
 
@@ -171,8 +172,7 @@ class Page:
 def gif(path, epoch=None, loading="eager"):
     """An img element for 16 videos, with its size, so that the page does not jump."""
     what = "16 real videos" if epoch is None else f"16 generated videos, epoch {epoch}"
-    try:
-        size = 'width="{}" height="{}"'.format(*Image.open(path).size)
-    except OSError:  # gone, or damaged: the page shows the text instead
-        size = ""
+    size = ""
+    with contextlib.suppress(OSError, struct.error), open(path, "rb") as file:
+        size = 'width="{}" height="{}"'.format(*struct.unpack("6x2H", file.read(10)))
     return f'<img src="{path.name}" alt="{what}" {size} loading="{loading}">'

@@ -6,6 +6,7 @@ python generate.py --grid content-motion         # a content a row, a motion a c
 python generate.py --interpolate content         # from one content to another
 """
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from models import DIM_CONTENT, DIM_MOTION, DIM_NOISE, VideoGenerator
 from utils import (
     Parser,
     UserError,
+    alone_in,
     folder,
     is_out_of_memory,
     number,
@@ -26,7 +28,7 @@ from utils import (
     set_up_machine,
     to_uint8,
 )
-from video import FORMATS, GIF_FPS, RESAMPLE, LabelledGrid, enlarge, save_video
+from video import FORMATS, GIF_FPS, RESAMPLE, LabelledGrid, enlarge, remove_frames, save_video
 
 BLOCK = 64  # frames whose noise is drawn at once: the same for every length
 BATCH = 64  # points of the latent space rendered at once: the memory needed
@@ -43,7 +45,10 @@ def load_generator(path, device="cpu"):
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} is not there: train with main.py, or name one with --checkpoint")
+        raise UserError(
+            f"{path} is not there: main.py writes it when it has trained for --checkpoint-minutes, "
+            "or name another with --checkpoint"
+        )
     try:
         content = checkpoint.read(path)
     except checkpoint.Damaged as reason:
@@ -58,6 +63,8 @@ def load_generator(path, device="cpu"):
         if is_out_of_memory(error):
             raise
         raise UserError(f"{path}: no R_M and G_I of this program in it") from error
+    if not all(weight.isfinite().all() for weight in generator.state_dict().values()):
+        raise UserError(f"{path}: its weights are not finite")
     if torch.device(device).type != "mps":  # four times as fast on a CPU
         generator.to(memory_format=torch.channels_last)
     return generator.to(device).eval()
@@ -188,8 +195,8 @@ def interpolation(
         both = zip(motion_noise(seed, starts), motion_noise(seed, ends))
         z_motion = motion_codes(generator, (lead(a, b) for a, b in both), frames)
     labels = (
-        [f"{what} {a + 1}–{b + 1}" for a, b in zip(starts, ends)],
-        [f"{round(100 * s)} %" for s in ways],
+        [f"{what} {a + 1}-{b + 1}" for a, b in zip(starts, ends)],
+        [f"{round(100 * s)}%" for s in ways],
     )
     return _on_a_sheet(generator, play(generator, z_content, z_motion), labels, scale, resample)
 
@@ -265,12 +272,24 @@ def run(args):
     device = pick_device(args.device)
     generator = load_generator(args.checkpoint, device)
     set_up_machine(device)
-    args.out.mkdir(parents=True, exist_ok=True)
+    with alone_in(args.out):
+        try:
+            write(args, generator)
+        finally:  # nothing but videos stays there
+            with contextlib.suppress(OSError):
+                (args.out / ".lock").unlink()
+
+
+def write(args, generator):
+    """Generate what `args` ask for, into the folder that they name."""
+    for name in ("video-*", "content-motion*", "interpolate-*"):
+        for part in args.out.glob(f"{name}.part"):  # of a call that was killed
+            remove_frames(part) if part.is_dir() else part.unlink()
     sheets = bool(args.grid) + bool(args.interpolate)
     total = args.frames * (sheets or args.num)
     suffix = "" if args.format == "png" else f".{args.format}"
     there = set(args.out.iterdir())
-    written = []  # the first and the last
+    first, replaced = None, 0
     with progress_bar(total=total, unit="frame", unit_scale=total > 99999) as bar:
 
         def counted(frames):
@@ -281,10 +300,14 @@ def run(args):
         for name, frames in pictures(args, generator):
             path = args.out / f"{name}{suffix}"
             save_video(path, counted(frames), args.fps)
+            first = first or path
+            replaced += path in there
             there.discard(path)
-            written = [*written[:1], path]
         seconds = bar.format_dict["elapsed"]
-    print(f"{' … '.join(map(str, written))}: {total} frames, {total / seconds:.0f} a second")
+    names = str(path) if path == first else f"{first} … {path}"
+    print(f"{names}: {total} frames, {total / seconds:.0f} a second")
+    if replaced:
+        print(f"note: {replaced} of that name were there and are replaced")
     stale = [path.name for path in there if path.name.startswith("video-")]
     if stale and not sheets:
         print(f"note: {args.out} also holds {len(stale)} of an earlier call, as {min(stale)}")

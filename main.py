@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import Checkpoints, write
+from checkpoint import Checkpoints, Damaged, read, write
 from data import ClipDataset
 from gallery import Page
 from trainer import Trainer, parameters, train
@@ -152,6 +152,7 @@ def run(args, to_go_on):
         remove_parts(args.models, args.videos)
         if args.pre_train == 1:
             go_on(trainer, checkpoints, settings, data)
+            see_to_generator(args.models / "generator.pt", trainer)
             if trainer.seed != args.seed:
                 print(f"note: --seed {args.seed} has no effect: this run has {trainer.seed}")
             if trainer.epoch >= args.epochs:
@@ -239,6 +240,14 @@ def go_on(trainer, checkpoints, settings, data):
             )
     except (AttributeError, LookupError, TypeError, ValueError) as reason:
         raise UserError(f"{path}: not a checkpoint that main.py wrote ({reason!r})") from reason
+
+
+def see_to_generator(path, trainer):
+    """Write generator.pt, if it is not the checkpoint's: a run may have ended between the two."""
+    with contextlib.suppress(Damaged, OSError, UserError):
+        if read(path)["epoch"] == trainer.epoch:
+            return
+    write(path, trainer.generator_state())
 
 
 def flag(setting):

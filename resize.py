@@ -44,6 +44,7 @@ from utils import (
 )
 
 VIDEOS = {".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".wmv"}
+VIDEOS |= {".3gp", ".flv", ".mts", ".m2ts", ".ts", ".ogv"}
 STRIPS = {".jpg", ".jpeg", ".png"}
 MIN_FRAMES = 16  # the window of the video discriminator
 RECORD = "clips.jsonl"  # in --out: what each array was made from

@@ -404,7 +404,7 @@ def train(
         show_samples(trainer, log, videos)
     show()
     waiting, since = [], time.perf_counter()
-    saved = shown = since
+    saved, shown = since, since - PAGE_EVERY + NEWS_EVERY
     pace = None  # a running mean of the seconds an epoch takes
     bar = progress_bar(
         total=epochs,
@@ -443,7 +443,7 @@ def train(
                     if time.perf_counter() - shown > (NEWS_EVERY if sample_now else PAGE_EVERY):
                         show()
                         shown = time.perf_counter()
-                except OSError:  # pictures that cannot be written: save what they were to show
+                except Exception:  # pictures that cannot be written: save what they were to show
                     save_checkpoint()
                     raise
                 if save_now:

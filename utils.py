@@ -80,7 +80,7 @@ def one_line_errors(parser):
         except OSError as error:
             end(2, f"{parser.prog}: error: {what_failed(error)}")
         except KeyboardInterrupt as stop:
-            end(130, f"\n{parser.prog}: {stop or 'stopped'}")
+            end(130, f"\n{parser.prog}: {str(stop) or 'stopped'}")
 
 
 class Unfailing:
@@ -522,7 +522,7 @@ class LossLog:
 
     def _draw(self, axes, looks_at, points):
         table = np.array(self.rows, dtype=np.float64).reshape(-1, len(LOSSES) + 2)
-        width = max(1, len(table) // 50)
+        width = max(1, min(10, len(table) // 5), len(table) // 50)
         step = max(1, len(table) // points)
         for column, colour in zip(LOOKS_AT[looks_at], ("tab:blue", "tab:orange")):
             values = table[:, column]

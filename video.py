@@ -8,6 +8,7 @@ import contextlib
 import errno
 import io
 import itertools
+import os
 import subprocess
 import tempfile
 from fractions import Fraction
@@ -24,7 +25,7 @@ from utils import UserError, to_uint8, whole_file
 
 FORMATS = "gif", "mp4", "png", "npy"
 GIF_FPS = 50  # browsers slow down what is faster
-PALETTE_BYTES = 2**26  # of the first frames, from which a GIF's colours are chosen
+PALETTE_BYTES = 2**23  # of the first frames, from which a GIF's colours are chosen
 UNCHANGED = 255  # the entry of a GIF's palette for a pixel that stays
 RESAMPLE = {"nearest": cv2.INTER_NEAREST, "lanczos": cv2.INTER_LANCZOS4}
 WIDEST = 16384  # pixels; H.264 goes no further
@@ -46,7 +47,7 @@ def save_video(path, frames, fps=25):
 def save_gif(path, frames, fps=25):
     """Write a GIF that loops for ever.
 
-    All frames share one palette, of the first 64 MB's colours (2,400 frames of 96×96): with one
+    All frames share one palette, of the first 8 MB's colours (300 frames of 96×96): with one
     each, as imageio would write them, colours flicker that do not in the video. A frame lasts a
     whole number of hundredths of a second; those of 30 fps take turns, so that the video keeps
     time.
@@ -102,7 +103,7 @@ def save_mp4(path, frames, fps=25):
         colours = "scale=out_color_matrix=bt709:out_range=tv"
         colours += ",setparams=color_primaries=bt709:color_trc=bt709"
         command += ["-vf", colours, "-colorspace", "bt709"]
-        command += ["-movflags", "+faststart", "-f", "mp4", file.name]
+        command += ["-movflags", "+faststart", "-f", "mp4", f"file:{os.path.abspath(file.name)}"]
         # By hand, since imageio's writer does not say so when ffmpeg fails: on a full disk, say.
         ffmpeg = subprocess.Popen(
             command, stdin=subprocess.PIPE, stderr=said, start_new_session=True
@@ -119,7 +120,8 @@ def save_mp4(path, frames, fps=25):
             said.seek(0)
             last = said.read().decode(errors="replace").strip().splitlines()[-1:]
             why = f"ffmpeg cannot write it ({' '.join(last) or f'status {status}'})"
-            raise OSError(errno.EIO, why, str(path))
+            full = "No space left" in why
+            raise OSError(errno.ENOSPC if full else errno.EIO, why, str(path))
 
 
 def save_npy(path, frames, fps=25):
@@ -145,15 +147,31 @@ def save_npy(path, frames, fps=25):
 def save_png(path, frames, fps=25):
     """Write a folder with a file for each frame, frame-00000.png and so on. They keep no fps."""
     part = path.with_name(path.name + ".part")
-    for folder in (part, path):
-        if folder.is_dir():  # of an earlier call
-            for old in folder.glob("frame-*.png"):
-                old.unlink()
-            folder.rmdir()
+    remove_frames(part)
     part.mkdir()
-    for k, frame in enumerate(frames):
-        Image.fromarray(frame).save(part / f"frame-{k:05d}.png")
-    part.rename(path)
+    try:
+        for k, frame in enumerate(frames):
+            Image.fromarray(frame).save(part / f"frame-{k:05d}.png")
+        remove_frames(path)
+        part.rename(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            remove_frames(part)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def remove_frames(folder):
+    """Remove a folder that `save_png` wrote, if it is there. Raises OSError if it holds more."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    frames = list(folder.glob("frame-*.png"))
+    if len(frames) < len(list(folder.iterdir())):
+        raise OSError(errno.ENOTEMPTY, "it holds other files, too", str(folder))
+    for frame in frames:
+        frame.unlink()
+    folder.rmdir()
 
 
 # ---------------------------------------------------------------- pictures of several videos
@@ -206,9 +224,10 @@ class LabelledGrid:
         return self.margin + 1 + i * (self.size + 1)
 
     def _text(self, label):
-        """A label in the middle of a box; of one that is too long, the last word."""
+        """A label in the middle of a box; "content 1" becomes "c1" where there is no room."""
         if self.font.getlength(label) > self.size:
-            label = label.split()[-1]
+            *words, last = label.split()
+            label = "".join(word[0] for word in words) + last
         box = Image.new("RGB", (self.size, self.margin), PAPER)
         middle = self.size / 2, self.margin / 2
         ImageDraw.Draw(box).text(middle, label, INK, self.font, anchor="mm")

@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import imageio.v3 as iio
 import imageio_ffmpeg
@@ -26,7 +27,7 @@ from generate import (
     video,
 )
 from models import VideoGenerator
-from utils import to_uint8
+from utils import alone_in, to_uint8
 from video import LabelledGrid
 
 
@@ -268,6 +269,19 @@ def test_interpolation_of_motion(model):
     same(grid[1][2], by_the_book(network, contents(6, [0])[0], *middle))
 
 
+def test_labels(model, monkeypatch):
+    """Each label is made of the letters that test_video.py finds in the font."""
+    labels = []
+    monkeypatch.setattr(generate, "LabelledGrid", lambda *args: labels.append(args) or mock.Mock())
+    generator = load_generator(model[0])
+    next(content_motion_grid(generator, 2, 3, 1))
+    next(interpolation(generator, "motion", 2, 3, 1))
+    assert labels == [
+        (["content 1", "content 2"], ["motion 1", "motion 2", "motion 3"], 32),
+        (["motion 1-2", "motion 3-4"], ["0%", "50%", "100%"], 32),
+    ]
+
+
 def test_what_lies_between_draws_is_a_draw():
     a, b = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0))
     for s in (0, 0.2, 0.5, 1):
@@ -305,13 +319,13 @@ def peak_memory(*flags):
 
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="the system does not tell")
 def test_memory_is_bounded(model, tmp_path):
-    """More videos, or longer ones, need no more memory; to hold all frames would need 63 MB."""
-    flags = f"--checkpoint={model[0]}", f"--out={tmp_path}", "--scale=4"
+    """More videos, or longer ones, need no more memory; to hold all frames would need 126 MB."""
+    flags = f"--checkpoint={model[0]}", f"--out={tmp_path}", "--scale=8"
     few = peak_memory(*flags, "--num=10")
-    many = peak_memory(*flags, "--num=80")
-    long = peak_memory(*flags, "--num=1", "--frames=1280", "--format=npy")
-    long_gif = peak_memory(*flags, "--num=1", "--frames=1280")
-    assert max(many, long, long_gif) < few + 30e6, (few, many, long, long_gif)
+    many = peak_memory(*flags, "--num=40")
+    long = peak_memory(*flags, "--num=1", "--frames=640", "--format=npy")
+    long_gif = peak_memory(*flags, "--num=1", "--frames=640")
+    assert max(many, long, long_gif) < few + 60e6, (few, many, long, long_gif)
 
 
 BAD = {
@@ -333,7 +347,7 @@ BAD = {
     "--seed=-1": "'-1' is not a whole number from 0",
     "--device=tpu9": "there is no such device here",
     "--out=": "'' names no folder",
-    "--checkpoint=nowhere/checkpoint.pt": "checkpoint.pt is not there: train with main.py",
+    "--checkpoint=nowhere/checkpoint.pt": "checkpoint.pt is not there: main.py writes it when",
     "--checkpoint=.": ". is not there",
     "--seed": "expected one argument",
     "--hight=3": "unrecognized arguments: --hight=3",
@@ -363,6 +377,8 @@ def bad(model, tmp_path_factory):
     torch.save({"epoch": 3, "networks": {"R_M": R_M, "G_I": G_I}}, folder / "other.pt")
     checkpoint.write(folder / "swapped.pt", {**good, "networks": {"R_M": G_I, "G_I": R_M}})
     checkpoint.write(folder / "empty.pt", {"epoch": 3})
+    R_M = {**R_M, "gru.bias_ih_l0": torch.full((30,), float("nan"))}
+    checkpoint.write(folder / "nan.pt", {**good, "networks": {"R_M": R_M, "G_I": G_I}})
     checkpoint.write(folder / "numbers.pt", {"epoch": 3, "networks": {"R_M": {"a": 1}, "G_I": {}}})
     (folder / "file").write_text("in the way")
     (folder / "taken" / "video-0000.gif").mkdir(parents=True)
@@ -378,6 +394,7 @@ def bad(model, tmp_path_factory):
         ("--checkpoint={bad}/swapped.pt", "swapped.pt: no R_M and G_I of this program in it"),
         ("--checkpoint={bad}/empty.pt", "empty.pt: no R_M and G_I of this program in it"),
         ("--checkpoint={bad}/numbers.pt", "numbers.pt: no R_M and G_I of this program in it"),
+        ("--checkpoint={bad}/nan.pt", "nan.pt: its weights are not finite"),
         ("--checkpoint={bad}", "{bad} is not there"),
         ("--out={bad}/file", "{bad}/file: "),
         ("--out={bad}/file/deep", "{bad}/file/deep: "),
@@ -393,3 +410,30 @@ def test_bad_files_get_one_line(model, bad, tmp_path, capsys, flag, message):
     assert stop.value.code == 2 and message.format(bad=bad) in said[-1], said
     assert said[-1].startswith("generate.py: error: ")
     assert not any("Traceback" in line for line in said)
+
+
+def test_two_calls_in_one_folder(model, tmp_path, capsys):
+    """The second is refused; what a call that was killed left is removed."""
+    with alone_in(tmp_path), pytest.raises(SystemExit) as stop:
+        call(model[0], tmp_path, "--num=1")
+    assert stop.value.code == 2 and "another run is writing there" in capsys.readouterr().err
+    (tmp_path / "video-0003.gif.part").write_bytes(b"half")
+    (tmp_path / "video-0004.part").mkdir()
+    (tmp_path / "video-0004.part" / "frame-00000.png").write_bytes(b"half")
+    (tmp_path / "mine.part").write_bytes(b"mine")
+    call(model[0], tmp_path, "--num=1")
+    assert {path.name for path in tmp_path.iterdir()} == {"video-0000.gif", "mine.part"}
+    assert "note" not in capsys.readouterr().out
+    call(model[0], tmp_path, "--num=2", "--format=npy")
+    call(model[0], tmp_path, "--num=1", "--format=npy")
+    said = capsys.readouterr().out
+    assert "note: 1 of that name were there and are replaced" in said
+    assert "also holds 2 of an earlier call, as video-0000.gif" in said
+
+
+def test_ctrl_c(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "save_video", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stop:
+        call(model[0], tmp_path, "--num=1")
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "generate.py: stopped"

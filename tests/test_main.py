@@ -163,6 +163,18 @@ def test_generator_pt_is_enough_to_generate(finished, tmp_path):
     assert first == second and checkpoint.read(files["generator.pt"])["epoch"] == 5
 
 
+def test_a_generator_pt_that_is_not_the_checkpoint_s(folders, capsys):
+    """As when the run was killed between the two: `--pre-train 1` makes it good."""
+    folders.train("--epochs=1")
+    path = folders.models / "generator.pt"
+    good = path.read_bytes()
+    checkpoint.write(path, {**checkpoint.read(path), "epoch": 0})
+    for spoil in (lambda: None, path.unlink, lambda: path.write_bytes(good[:-9])):
+        spoil()
+        folders.train("--epochs=1", "--pre-train=1")
+        assert "nothing to do" in capsys.readouterr().out and path.read_bytes() == good
+
+
 def test_samples_come_from_the_same_noise(finished):
     first, last = (tiles(finished[0].videos / f"epoch-{n}.gif") for n in ("000004", "000005"))
     first, last = (x.mean(axis=0).reshape(16, -1).astype(float) for x in (first, last))

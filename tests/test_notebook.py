@@ -59,7 +59,7 @@ def executed(tmp_path_factory):
         repository=str(repository),
         use_drive=True,
         epochs=2,
-        epochs_in_all=3,
+        more_epochs=1,
         batch_size=2,
         sample_every=1,
     )

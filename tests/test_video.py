@@ -107,6 +107,41 @@ def test_one_frame_and_frames_all_alike(tmp_path, name, clip):
     assert np.abs(shown - clip.astype(int)).mean() < 12
 
 
+def test_a_gif_holds_what_changes(tmp_path):
+    """Twenty frames alike take little more than one, and none is wiped before the next."""
+    still = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8).repeat(20, axis=0)
+    for name, frames in (("one.gif", 1), ("all.gif", 20)):
+        save_gif(tmp_path / name, iter(still[:frames]))
+    one, all_ = ((tmp_path / name).read_bytes() for name in ("one.gif", "all.gif"))
+    assert len(all_) < 2 * len(one) and all_.endswith(b";")
+    gif = Image.open(tmp_path / "all.gif")
+    assert [frame.disposal_method for frame in ImageSequence.Iterator(gif)] == [1] * 20
+
+
+def test_an_mp4_keeps_colours_and_time(tmp_path):
+    colours = np.array([(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)], np.uint8)
+    clip = np.broadcast_to(colours.repeat(16, axis=0)[None, None], (10, 32, 64, 3))
+    for fps in (12.5, 29.97, 60):
+        save_mp4(tmp_path / "a.mp4", iter(clip), fps)
+        meta = next(imageio_ffmpeg.read_frames(str(tmp_path / "a.mp4")))
+        assert meta["fps"] == pytest.approx(fps) and meta["duration"] == pytest.approx(
+            10 / fps, 0.1
+        )
+    shown = iio.imread(tmp_path / "a.mp4", plugin="FFMPEG")[:, 8:24]
+    for i, colour in enumerate(colours):
+        assert np.abs(shown[:, :, 16 * i + 5 : 16 * i + 11].mean(axis=(0, 1, 2)) - colour).max() < 6
+
+
+@pytest.mark.parametrize("name", ["-y.mp4", "a:b.mp4", "a b %05d ü.mp4"])
+def test_odd_names_of_mp4s(tmp_path, monkeypatch, name):
+    """FFmpeg takes some names for options, others for protocols or numbered files."""
+    monkeypatch.chdir(tmp_path)
+    save_video(name, iter(noisy(3)))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    (tmp_path / name).rename("a.mp4")
+    assert len(iio.imread(tmp_path / "a.mp4", plugin="FFMPEG")) == 3
+
+
 def test_what_was_there_gives_way(tmp_path):
     """A shorter video leaves nothing of a longer one that had its name, and no other file goes."""
     for frames in (9, 4):
@@ -115,8 +150,12 @@ def test_what_was_there_gives_way(tmp_path):
     assert len(read_gif(tmp_path / "a.gif")[0]) == len(np.load(tmp_path / "a.npy")) == 4
     assert len(list((tmp_path / "a").iterdir())) == 4
     (tmp_path / "a" / "mine.txt").write_text("mine")
-    with pytest.raises(OSError, match="not empty"):
-        save_video(tmp_path / "a", iter(noisy(2)))
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    for name in ("a", "link"):
+        with pytest.raises(OSError):
+            save_video(tmp_path / name, iter(noisy(2)))
+        assert not (tmp_path / f"{name}.part").exists()
+    assert len(list((tmp_path / "a").glob("frame-*.png"))) == 4
     assert (tmp_path / "a" / "mine.txt").read_text() == "mine"
 
 
@@ -176,9 +215,13 @@ def test_frames_that_fail_leave_no_file(tmp_path, name):
 
     with pytest.raises(KeyboardInterrupt):
         save_video(tmp_path / name, frames())
-    assert not (tmp_path / name).exists()
-    save_video(tmp_path / name, iter(noisy(3)))
-    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert not list(tmp_path.iterdir())
+    save_video(tmp_path / name, iter(noisy(5)))
+    with pytest.raises(KeyboardInterrupt):
+        save_video(tmp_path / name, frames())
+    assert [p.name for p in tmp_path.iterdir()] == [name]  # the earlier one
+    if name == "a":
+        assert len(list((tmp_path / name).iterdir())) == 5
 
 
 def test_other_endings_are_refused(tmp_path):
@@ -194,6 +237,18 @@ def test_enlarged():
     lanczos = enlarge(frame, 3, "lanczos")
     assert lanczos.shape == nearest.shape and len(np.unique(lanczos)) > len(np.unique(nearest))
     assert np.abs(lanczos - nearest.astype(int)).mean() < 8
+
+
+def test_labels_can_be_drawn():
+    """The font has a glyph for every letter in them; where they are too long, they are cut."""
+    grid = LabelledGrid(["content 1"], ["motion 1"], 96)
+    missing = grid.font.getmask("\uffff").getbbox(), bytes(grid.font.getmask("\uffff"))
+    for letter in "content motion 0123456789-%":
+        mask = grid.font.getmask(letter)
+        assert (mask.getbbox(), bytes(mask)) != missing, letter
+    small = LabelledGrid(["content 1"], ["motion 1"], 32)
+    short = LabelledGrid(["c1"], ["m1"], 32)
+    assert np.array_equal(small.sheet, short.sheet)
 
 
 @pytest.mark.parametrize("size", [32, 96, 192])
