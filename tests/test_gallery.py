@@ -1,5 +1,6 @@
 """The page of a run, as files and as a browser shows it."""
 
+import io
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import gallery
 import main
 from gallery import Page
 from utils import LossLog
-from video import save_gif
+from video import save_gif, save_mp4
 
 PHONE, DESKTOP = {"width": 375, "height": 740}, {"width": 1280, "height": 900}
 
@@ -105,8 +106,7 @@ def test_a_run_in_a_browser(videos, views):
     assert large["width"] > 500 and large["width"] == real["width"] and large["y"] == real["y"]
     # the losses are drawn: both colours of matplotlib are on the screen
     shot = view.tab.locator("[src^='data:image/svg']").first.screenshot()
-    (videos / "curves.shot").write_bytes(shot)
-    pixels = np.array(Image.open(videos / "curves.shot").convert("RGB")).astype(int)
+    pixels = np.array(Image.open(io.BytesIO(shot)).convert("RGB")).astype(int)
     for colour in ((31, 119, 180), (255, 127, 14)):
         assert (np.abs(pixels - colour).max(axis=2) < 30).sum() > 20
 
@@ -230,3 +230,23 @@ def test_the_page_needs_no_network(videos):
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
     assert not re.search(r"fetch\(|XMLHttpRequest|@import|url\(", page)
     assert Path(videos / "index.html").stat().st_size < 300_000
+
+
+def test_an_mp4_plays_in_a_browser(tmp_path, views):
+    clip = np.zeros((50, 96, 96, 3), np.uint8)
+    clip[25:] = (200, 0, 0)
+    save_mp4(tmp_path / "a.mp4", iter(clip), fps=25)
+    (tmp_path / "a.html").write_text('<link rel="icon" href="data:,"><video muted src="a.mp4">')
+    view = views(tmp_path / "a.html")
+    can = """document.createElement('video').canPlayType('video/mp4; codecs="avc1.64001E"')"""
+    if not view.tab.evaluate(can):
+        pytest.skip("this browser has no H.264")
+    video = view.tab.locator("video")
+    view.tab.wait_for_function("document.querySelector('video').readyState >= 2")
+    facts = "v => [v.duration, v.videoWidth, v.videoHeight, v.error]"
+    assert video.evaluate(facts) == [2, 96, 96, None]
+    for second, colour in ((0.5, (0, 0, 0)), (1.5, (200, 0, 0))):
+        seek = f"v => new Promise(done => {{ v.onseeked = done; v.currentTime = {second}; }})"
+        video.evaluate(seek)
+        pixels = np.array(Image.open(io.BytesIO(video.screenshot())).convert("RGB"))
+        assert np.abs(pixels[40:56, 40:56].mean(axis=(0, 1)) - colour).max() < 12

@@ -101,12 +101,18 @@ def outputs(executed, cell):
     return said, shown
 
 
+def images(shown, kind):
+    """The images of that kind (gif, png) among what is shown: bytes."""
+    for data in shown:
+        for encoded in re.findall(rf"data:image/{kind};base64,([^\"]+)", data.get("text/html", "")):
+            yield base64.b64decode(encoded)
+
+
 def gifs(shown):
     """The frames of the GIFs among what is shown."""
-    for data in shown:
-        if "image/gif" in data:
-            gif = Image.open(io.BytesIO(base64.b64decode(data["image/gif"])))
-            yield np.stack([np.array(f.convert("RGB")) for f in ImageSequence.Iterator(gif)])
+    for data in images(shown, "gif"):
+        gif = Image.open(io.BytesIO(data))
+        yield np.stack([np.array(f.convert("RGB")) for f in ImageSequence.Iterator(gif)])
 
 
 def test_every_cell_ran(executed):
@@ -143,11 +149,12 @@ def test_one_tidy_bar(executed, cell, done):
 
 def test_gifs_are_shown_inline(executed):
     for cell, epoch in (("samples", 2), ("resume", 3)):
-        said, shown = outputs(executed, cell)
+        _, shown = outputs(executed, cell)
         samples, real = gifs(shown)
         assert samples.shape == real.shape == (16, 394, 394, 3)
-        assert f"epoch-{epoch:06d}.gif" in said["stdout"] and real.std() > 20
-        assert any("image/png" in data for data in shown)  # the losses
+        assert f"epoch-{epoch:06d}.gif" in shown[0]["text/html"] and real.std() > 20
+        (losses,) = images(shown, "png")
+        assert Image.open(io.BytesIO(losses)).size == (1000, 400)
     for cell, shape in (("grid", (16, 408, 602, 3)), ("walk", (16, 214, 602, 3))):
         (sheet,) = gifs(outputs(executed, cell)[1])
         assert sheet.shape == shape
