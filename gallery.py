@@ -151,7 +151,7 @@ class Page:
             seconds=refresh,
         )
         with whole_file(self.folder / "index.html") as file:
-            file.write(page.encode())
+            file.write(page.encode(errors="replace"))  # a folder may have a name that is no text
 
     def _curves(self, looks_at):
         svg = base64.b64encode(self.log.curves(looks_at)).decode()

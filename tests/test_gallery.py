@@ -162,7 +162,9 @@ def going_on(tmp_path):
     for name in ("real", "epoch-000000"):
         make_gif(folder / f"{name}.gif", 99)
     log = LossLog(tmp_path)
-    yield Page(folder, Run(), 1000, log, {"data": "a <script>alert(1)</script> & b"})
+    yield Page(
+        folder, Run(), 1000, log, {"data": "a <script>alert(1)</script> & b", "\udcff": "odd"}
+    )
     log.close()
 
 
