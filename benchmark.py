@@ -241,7 +241,7 @@ def cost_of_showing(trainer):
                 log.plot()
                 page.write()
         log.close()
-    return dict(zip(("sample", "checkpoint", "log line", "plot and page"), seconds[4:]))
+    return dict(zip(("sample", "checkpoint", "log line", "page"), seconds[4:]))
 
 
 def receive(pipe):
@@ -419,7 +419,7 @@ def show(batch_size, results):
         "sample": SAMPLE_EVERY * epoch,
         "checkpoint": min(CHECKPOINT_EVERY * epoch, CHECKPOINT_MINUTES * 60),
         "log line": max(epoch, SHOW_EVERY),
-        "plot and page": PAGE_EVERY,
+        "page": PAGE_EVERY,
     }
     shares = (f"{what} {s / every[what]:.2%}" for what, s in project["showing"].items())
     print(f"beside training, of the project's run: {', '.join(shares)}")

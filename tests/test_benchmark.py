@@ -105,7 +105,7 @@ def test_benchmark_compares_the_two(clips_folder, tmp_path):
             assert result["flops"] == epoch_flops(int(batch_size), 32, 16, by_the_book)
             assert result["flops"] <= result["counted_flops"] < 1.002 * result["flops"]
             assert 2e8 < result["peak_memory"] < 2e10
-            showing = ["sample", "checkpoint", "log line", "plot"] * (name == "project")
+            showing = ["sample", "checkpoint", "log line", "page"] * (name == "project")
             assert list(result["showing"]) == showing
             assert all(0 < seconds < 60 for seconds in result["showing"].values())
         medians = {name: result["median"] for name, result in results.items()}
