@@ -271,7 +271,7 @@ def run(args):
         raise UserError(f"--fps {args.fps:g}: a GIF plays at most {GIF_FPS}; take --format mp4")
     device = pick_device(args.device)
     generator = load_generator(args.checkpoint, device)
-    set_up_machine(device)
+    set_up_machine(device, deterministic=device.type == "cuda")  # the same seed, the same bytes
     with alone_in(args.out):
         try:
             write(args, generator)
