@@ -402,7 +402,6 @@ def train(
     """
     if trainer.epoch == 0:
         show_samples(trainer, log, videos)
-    show()
     waiting, since = [], time.perf_counter()
     saved, shown = since, since - PAGE_EVERY + NEWS_EVERY
     pace = None  # a running mean of the seconds an epoch takes
