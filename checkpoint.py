@@ -1,195 +1,135 @@
-"""Checkpoints on disk: whole or not at all, checked when read, and the one before kept.
+"""Checkpoints: written atomically, checked when loaded, and the previous one kept.
 
-A folder holds checkpoint.pt, the newest; checkpoint-previous.pt, the one before it; and, where
-asked for, checkpoint-005000.pt and so on. Each is what torch.save writes, then a line with the
-SHA-256 of that, which torch.load passes over.
+A folder holds checkpoint.pt, the newest; checkpoint-previous.pt; and, with --keep,
+checkpoint-005000.pt and so on. Each is a file of torch.save.
 """
 
-import errno
-import hashlib
-import os
 import re
 import shutil
-import warnings
+import zipfile
 
 import torch
 
-from utils import UserError, is_out_of_memory, what_failed, whole_file
+from utils import UserError, atomic_write, is_out_of_memory
 
-FORMAT = 3  # of the content
-MARK = b"\nmocogan checkpoint, sha256 "
-TAIL = len(MARK) + 64 + 1  # the line after the content, in bytes
-NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
+FORMAT = 4  # of the content
 
 
-class Damaged(Exception):
-    """Why a file gives no checkpoint."""
+class DamagedError(Exception):
+    """Why a file is no checkpoint."""
 
 
-class HashingWriter:
-    """A file that is written to, and the SHA-256 of what was."""
+def save(path, content, previous=None):
+    """Atomically write `content`, a dict of plain values and tensors. Raises OSError.
 
-    def __init__(self, file):
-        self.file, self.sha256 = file, hashlib.sha256()
-
-    def write(self, data):
-        self.sha256.update(data)
-        return self.file.write(data)
-
-    def flush(self):
-        self.file.flush()
-
-
-def write(path, content):
-    """Write `content`, a dict of plain values and tensors, to `path`, whole or not at all.
-
-    Raises OSError.
+    previous: a path under which to keep the file that was at `path`, if there was one.
     """
-    with whole_file(path) as file:
-        write_to(file, content)
+    with atomic_write(path, previous) as file:
+        try:
+            torch.save({"format": FORMAT, **content}, file)
+        except RuntimeError as error:
+            # On a full disk, or at a second Ctrl-C, torch.save fails again as it closes the file.
+            raise error.__context__ or error from None
 
 
-def write_to(file, content):
-    hashing = HashingWriter(file)
-    try:
-        torch.save({"format": FORMAT, **content}, hashing)
-    except RuntimeError as error:
-        # A full disk, a second Ctrl-C: torch.save ends the file it has in hand, which fails, too.
-        raise error.__context__ or error from None
-    file.write(MARK + hashing.sha256.hexdigest().encode() + b"\n")
+def load(path):
+    """Load what `save` wrote, tensors on the CPU. Nothing in the file is ever run.
 
-
-def read(path):
-    """Read what `write` wrote, its tensors onto the CPU. Nothing in the file is ever run.
-
-    Raises Damaged if it is not whole or no checkpoint of this program, UserError if it is one of
-    another version, OSError if it cannot be read.
+    Raises DamagedError if it is damaged or no checkpoint of this program, UserError if it is of
+    another version of it, OSError if it cannot be read.
     """
-    sha256, left = hashlib.sha256(), path.stat().st_size - TAIL
-    try:
-        with open(path, "rb") as file:
-            while left > 0 and (block := file.read(min(left, 1 << 20))):
-                sha256.update(block)
-                left -= len(block)
-            tail = file.read()
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        raise Damaged("a part of the disk cannot be read") from None
-    if not tail.startswith(MARK):
-        raise Damaged("not a checkpoint of this version of the program, or one cut short")
-    if tail != MARK + sha256.hexdigest().encode() + b"\n":
-        raise Damaged("damaged, its checksum does not match")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch.load raises a dozen kinds for what it does not take
-        if is_out_of_memory(error):
-            raise
-        raise Damaged("refused, it holds more than plain values and tensors") from None
-    ours = isinstance(content, dict)
-    if not ours or not all(isinstance(content.get(name), int) for name in ("format", "epoch")):
-        raise Damaged("not a checkpoint of this program")
-    if content["format"] != FORMAT:
-        age = "a newer" if content["format"] > FORMAT else "an older"
+    with open(path, "rb") as file:
+        try:
+            if zipfile.ZipFile(file).testzip():  # torch.load does not look at the CRCs
+                raise zipfile.BadZipFile
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # zipfile and torch raise a dozen kinds
+            if is_out_of_memory(error):
+                raise
+            raise DamagedError("damaged, or not a checkpoint of this program") from error
+    version = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(version, int) or not isinstance(content.get("epoch"), int):
+        raise DamagedError("not a checkpoint of this program")
+    if version != FORMAT:
         raise UserError(
-            f"{path}: of {age} version of this program (format {content['format']}; "
-            f"this one reads {FORMAT}): use that version"
+            f"{path}: of another version of this program (format {version}, this one reads "
+            f"{FORMAT}); use that version, or start from scratch"
         )
     return content
+
+
+def peek_epoch(path):
+    """The epoch of a checkpoint, without reading its tensors; infinite if it cannot be read."""
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"])
+    except Exception:  # which `load` reports
+        return float("inf")
 
 
 class Checkpoints:
     """The checkpoints of a run, in `folder`.
 
-    keep: how many numbered ones to keep besides the newest and the one before it.
-    `good`: the path and the epoch of the newest that is known to be whole; None where none is.
+    keep: how many numbered ones to keep besides the newest and the previous one.
+    `last`: path and epoch of the last one that was saved or loaded; None if there is none.
     """
 
     def __init__(self, folder, keep=0):
-        self.folder, self.keep = folder, keep
-        self.newest, self.previous = folder / NEWEST, folder / PREVIOUS
-        self.good = None
-
-    def number(self, epoch):
-        """The path of the numbered checkpoint of that epoch."""
-        return self.folder / f"checkpoint-{epoch:06d}.pt"
+        self.folder, self.keep, self.last = folder, keep, None
+        self.newest, self.previous = folder / "checkpoint.pt", folder / "checkpoint-previous.pt"
 
     def numbered(self):
-        """The numbered checkpoints that are there: a dict from their epochs to their paths."""
-        digits = (
-            path.stem.removeprefix("checkpoint-") for path in self.folder.glob("checkpoint-*")
-        )
-        paths = {int(d): self.number(int(d)) for d in sorted(digits) if re.fullmatch("[0-9]+", d)}
-        return {epoch: paths[epoch] for epoch in sorted(paths) if paths[epoch].is_file()}
+        """The paths of the numbered checkpoints, sorted by their epochs."""
+        paths = [path for path in self.folder.glob("checkpoint-*.pt") if path.is_file()]
+        names = re.compile(r"checkpoint-\d{6,}\.pt")
+        paths = [path for path in paths if names.fullmatch(path.name)]
+        return sorted(paths, key=lambda path: int(path.stem.removeprefix("checkpoint-")))
 
-    def there(self):
-        """The paths of the checkpoints that are there: checkpoint.pt, then the latest first."""
-        others = [path for path in (self.previous, *self.numbered().values()) if path.is_file()]
-        others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        return [self.newest] * self.newest.is_file() + others
+    def existing(self):
+        """The paths of all checkpoints: first what cannot be read, then the highest epoch."""
+        paths = [path for path in (self.newest, self.previous) if path.is_file()]
+        return sorted(paths + self.numbered(), key=peek_epoch, reverse=True)
 
-    def load(self):
-        """The content of the newest checkpoint that is whole, and a line for each that is not.
+    def load_latest(self):
+        """Load the intact checkpoint of the highest epoch.
 
-        Raises UserError if none is whole, if one cannot be read, or if the newest whole one is of
-        another version.
+        Returns its content, and a line for each damaged one. Raises UserError if none is intact, or
+        if one is of another version; OSError if one cannot be read.
         """
-        damaged = [] if self.newest.is_file() else [f"{self.newest} is not there"]
-        for path in self.there():
+        damaged = []
+        for path in self.existing():
             try:
-                content = read(path)
-            except Damaged as reason:
+                content = load(path)
+            except DamagedError as reason:
                 damaged.append(f"{path}: {reason}")
-                continue
-            except OSError as error:
-                raise UserError(f"cannot read {what_failed(error)}") from None
-            self.good = path, content["epoch"]
-            return content, damaged
+            else:
+                self.last = path, content["epoch"]
+                return content, damaged
         raise UserError(
-            f"{'; '.join(damaged)}; leave --pre-train out to start anew (they are moved, not lost)"
+            f"{'; '.join(damaged)}; leave --pre-train out to start from scratch (they are moved "
+            "aside, not deleted)"
         )
 
-    def save(self, content, number=True):
-        """Make `content` the newest checkpoint. Raises OSError; the old ones are then untouched.
+    def save(self, content, numbered=False):
+        """Make `content` the newest checkpoint and keep the one before it as the previous one.
 
-        number: whether it is one of those that `keep` counts and keeps. At every moment the newest
-        is whole under its own name, the old one or the new.
+        numbered: whether to keep a copy under its epoch, with `keep`. A kill at any moment leaves
+        an intact checkpoint of this epoch or of the one before. Raises OSError.
         """
-        with whole_file(self.newest) as file:
-            write_to(file, content)
-            # Before the new one takes its name, so that the old one is never without. But one that
-            # was found damaged is not kept.
-            if self.good and self.good[0] == self.newest:
-                link_or_copy(self.newest, self.previous)
-        self.good = self.newest, content["epoch"]
-        if self.keep and number:
-            link_or_copy(self.newest, self.number(content["epoch"]))
-            up_to_now = [p for epoch, p in self.numbered().items() if epoch <= content["epoch"]]
-            for old in up_to_now[: -self.keep]:
+        newest_is_intact = self.last is not None and self.last[0] == self.newest
+        save(self.newest, content, self.previous if newest_is_intact else None)
+        self.last = self.newest, content["epoch"]
+        if self.keep and numbered:
+            path = self.folder / f"checkpoint-{content['epoch']:06d}.pt"
+            with open(self.newest, "rb") as source, atomic_write(path) as target:
+                shutil.copyfileobj(source, target)
+            for old in self.numbered()[: -self.keep]:
                 old.unlink()
 
-    def safe(self):
-        """What is safe, for people."""
-        if self.good and self.good[0].is_file():
-            return "{} of epoch {} is safe".format(*self.good)
-        if self.there():
+    def status(self):
+        """What of the run is safe, in words."""
+        if self.last and self.last[0].is_file():
+            return f"{self.last[0]} of epoch {self.last[1]} is safe"
+        if self.existing():
             return f"the checkpoints in {self.folder} are untouched"
         return f"there is no checkpoint in {self.folder}"
-
-
-def link_or_copy(source, target):
-    """Give `source` a second name, `target`, in place of what has that name; else copy it."""
-    link = target.with_name(target.name + ".part")
-    link.unlink(missing_ok=True)
-    try:
-        os.link(source, link)
-    except OSError:  # a file system without links: Google Drive's, exFAT
-        with open(source, "rb") as old, whole_file(target) as new:
-            shutil.copyfileobj(old, new)
-    else:
-        os.replace(link, target)
-        link.unlink(missing_ok=True)  # which stays where both are names of one file already

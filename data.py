@@ -1,202 +1,176 @@
-"""The real clips: uint8 frame arrays on disk, served as random windows of frames.
+"""The real clips: uint8 arrays on disk, sampled as random windows and frames.
 
-`resize.py` writes one array a clip, (n_frames, S, S, 3), uint8, RGB. They are memory-mapped, so a
-data set larger than memory works, or lie on a GPU as the bytes they are; only the frames of a batch
-are ever turned into floats.
+resize.py writes an array for each clip, (n_frames, S, S, 3), uint8, RGB. The arrays are
+memory-mapped, so the data may be larger than memory, or they lie in a GPU's memory; only the frames
+of a batch become floats.
 """
 
 import hashlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from utils import TrainingError, UserError, files_below, open_array, to_float
+from utils import TrainingError, UserError, files_below
+
+
+class Batch(NamedTuple):
+    """What the discriminators see of B videos, real or generated (paper, section 3.2)."""
+
+    windows: torch.Tensor  # S_T: (B, 3, T, S, S), T consecutive frames of each video
+    frames: torch.Tensor  # S_1: (B, 3, S, S), one frame of each video
+    labels: torch.Tensor | None  # (B,) int64, indices of `ClipDataset.actions`; -1: no action
+
+
+def to_float(pixels):
+    """uint8 0..255 to float32 -1..1, the range of G_I's Tanh. Any shape."""
+    return pixels.float().div_(127.5).sub_(1)
+
+
+def to_uint8(frames):
+    """Float -1..1 to uint8 0..255, rounded and clipped; the inverse of `to_float`. Any shape."""
+    return ((frames.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class ClipDataset:
-    """All clips of a folder, and the paper's two ways of looking at them, S_T and S_1.
+    """All clips of a folder, and the paper's two ways of sampling them, S_T and S_1.
 
-    folder: searched for `*.npy`, with its subfolders; those directly below it are the actions.
-    frames: T, the frames of a window; shorter clips are left out.
+    folder: searched for *.npy, with its subfolders; those directly below it are the actions.
+    frames: T, the length of a window; shorter clips are skipped.
 
-    After loading: `names` (paths below the folder, sorted), `lengths` (frames of each clip, int64),
-    `size` (S), `actions` (sorted) and `skipped` (a line for each array left out, with the reason).
-    Raises UserError if the folder is missing or holds no usable clip, OSError if it cannot be read.
+    Attributes: `names` (paths below the folder, sorted), `lengths` (frames of each clip, int64),
+    `labels` (the action of each clip, int64), `actions` (names, sorted), `size` (S) and `skipped`
+    (a line for each array that is no clip). Raises UserError if the folder is missing or holds no
+    usable clip, OSError if it cannot be read.
     """
 
     def __init__(self, folder, frames=16):
-        self.folder = folder = Path(folder)
-        if not folder.is_dir():
+        self.folder, self.frames, self.skipped = Path(folder), frames, []
+        if not self.folder.is_dir():
             raise UserError(f"{folder}: no such folder; make it with resize.py")
-        self.frames = frames
-        self.skipped = []
         shapes = {}
-        for path in files_below(folder):
-            if path.suffix != ".npy":
-                continue
-            try:
-                shapes[path] = self._check(open_array(path))
-            except ValueError as reason:
-                self.skipped.append(f"{path}: {reason}")
-        if shapes:  # the size that most clips have is the size of the data
-            self.size = Counter(shape[1] for shape in shapes.values()).most_common(1)[0][0]
+        for path in files_below(self.folder):
+            if path.suffix == ".npy":
+                try:
+                    shapes[path] = clip_shape(load_array(path), frames)
+                except ValueError as reason:
+                    self.skipped.append(f"{path}: {reason}")
+        sizes = Counter(shape[1] for shape in shapes.values())
+        self.size = sizes.most_common(1)[0][0] if sizes else None
         for path, shape in list(shapes.items()):
             if shape[1] != self.size:
                 self.skipped.append(f"{path}: {shape[1]} pixels wide, most are {self.size}")
                 del shapes[path]
         if not shapes:
-            left_out = f" ({len(self.skipped)} left out; {self.skipped[0]})" if self.skipped else ""
+            skipped = f" ({len(self.skipped)} skipped; {self.skipped[0]})" if self.skipped else ""
             raise UserError(
-                f"{folder}: no usable clips{left_out}; make some with resize.py, "
-                "from videos of your own or with --download or --synthetic"
+                f"{folder}: no usable clips{skipped}; make some with resize.py, "
+                "from your own videos or with --download or --synthetic"
             )
         self.paths = list(shapes)
-        self.names = [path.relative_to(folder) for path in shapes]
+        self.names = [path.relative_to(self.folder) for path in self.paths]
         self.lengths = torch.tensor([shape[0] for shape in shapes.values()])
-        self.first = self.lengths.cumsum(0) - self.lengths  # where a clip begins among all frames
-        self.number_of_frames = int(self.lengths.sum())
-        self.bytes = self.number_of_frames * self.size**2 * 3
-        self.lengths_on = lru_cache(maxsize=None)(self.lengths.to)  # a copy on each device used
-        self.pixels = None  # every frame, once `to` has put them on a device
-        # Each open map holds a file, and a process may hold only so many.
-        self.open = lru_cache(maxsize=128)(open_array)
-        self.actions = sorted({name.parts[0] for name in self.names if len(name.parts) > 1})
-
-    def _check(self, array):
-        """The shape of `array`; raises ValueError if it is no clip."""
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-            raise ValueError(f"{array.dtype} {array.shape}, not uint8 (n_frames, S, S, 3)")
-        length, height, width, _ = array.shape
-        if height != width or width % 16 or not 32 <= width <= 256:
-            raise ValueError(f"frames of {width}×{height}, not square, of 32, 48, ... or 256")
-        if length < self.frames:
-            raise ValueError(f"{length} frames, shorter than a window of {self.frames}")
-        return array.shape
+        actions = [name.parts[0] if len(name.parts) > 1 else None for name in self.names]
+        self.actions = sorted(set(actions) - {None})
+        self.labels = torch.tensor([self.actions.index(a) if a else -1 for a in actions])
+        self.num_frames = int(self.lengths.sum())
+        self.num_bytes = self.num_frames * self.size**2 * 3
+        self.pixels = None  # all frames, on the device of `to`
+        self.pin_memory = False  # True: a GPU can fetch batches by itself
 
     def __len__(self):
         return len(self.paths)
 
-    def fingerprint(self):
-        """What tells this data set from another: a dict of plain values.
+    def clip(self, i):
+        """The frames of clip `i`, memory-mapped: (n_frames, S, S, 3) uint8.
 
-        The numbers of its clips and frames, and the SHA-256 of every clip's name, length, first and
-        last frame.
+        Raises TrainingError if the file has changed since the data set was made.
+        """
+        try:
+            clip = load_array(self.paths[i])
+            if clip.dtype != np.uint8 or clip.shape != (self.lengths[i], self.size, self.size, 3):
+                raise ValueError(f"it is {clip.dtype} {clip.shape} now")
+        except (ValueError, FileNotFoundError) as reason:
+            raise TrainingError(f"{self.paths[i]} has changed: {reason}") from None
+        return clip
+
+    def fingerprint(self):
+        """What tells this data from other data: a dict of plain values.
+
+        The numbers of clips and frames, and the SHA-256 of the name, length, first and last frame
+        of every clip.
         """
         sha256 = hashlib.sha256()
         for i, name in enumerate(self.names):
             clip = self.clip(i)
             sha256.update(f"{name.as_posix()}\0{len(clip)}\0".encode(errors="surrogateescape"))
             sha256.update(clip[[0, -1]].tobytes())
-        sha256 = sha256.hexdigest()
-        return {"clips": len(self), "frames": self.number_of_frames, "sha256": sha256}
-
-    def clip(self, i):
-        """The frames of clip `i`: (n_frames, S, S, 3) uint8, memory-mapped.
-
-        Raises TrainingError if the file is no longer what it was when this data set was made.
-        """
-        path, shape = self.paths[i], (int(self.lengths[i]), self.size, self.size, 3)
-        try:
-            array = self.open(path)
-            if array.dtype != np.uint8 or array.shape != shape:
-                raise ValueError(f"{array.dtype} {array.shape}")
-        except ValueError as reason:
-            raise TrainingError(f"{path} is not what it was: {reason}") from None
-        return array
+        return {"clips": len(self), "frames": self.num_frames, "sha256": sha256.hexdigest()}
 
     def to(self, device):
-        """Put every frame into the memory of `device`, as bytes: `read` then works there."""
-        if self.pixels is not None and self.pixels.device == torch.empty(0, device=device).device:
-            return  # a recorded CUDA graph knows where they are
-        shape = self.number_of_frames, self.size, self.size, 3
-        pixels = torch.empty(shape, dtype=torch.uint8, device=device)
-        for i, (first, length) in enumerate(zip(self.first.tolist(), self.lengths.tolist())):
-            pixels[first : first + length] = torch.from_numpy(np.array(self.clip(i)))
-        self.pixels, self.first = pixels, self.first.to(device)
+        """Copy all frames to `device`, as uint8: `sample` then reads them there."""
+        clips = [torch.from_numpy(np.array(self.clip(i))).to(device) for i in range(len(self))]
+        self.pixels = torch.cat(clips)
 
-    def draw(self, batch_size, rng):
-        """Draw a clip for each item of a batch, and where S_T and S_1 look at it.
+    def sample_indices(self, batch_size, rng):
+        """Sample a clip for each item of a batch, and the places of S_T and S_1 in it.
 
-        Uniform over the clips; then, in a clip of K frames, `start` is uniform over 0 ... K - T
-        (S_T: where the window of T frames begins) and, independently, `frame` over 0 ... K - 1
-        (S_1; paper, section 3.2). Returns clip, start and frame, each (B,) int64, drawn from
-        `rng`, a torch.Generator, on its device.
+        Clips are uniform. In a clip of K frames `start`, the first frame of the window, is uniform
+        over 0 ... K - T and `frame`, independently, over 0 ... K - 1 (paper, section 3.2).
+        rng: a torch.Generator on the CPU. Returns clip, start and frame: (B,) int64 each.
         """
-        on = {"generator": rng, "device": rng.device}
-        clip = torch.randint(len(self), (batch_size,), **on)
-        u = torch.rand(2, batch_size, dtype=torch.float64, **on)  # in [0, 1)
-        lengths = self.lengths_on(rng.device)[clip]
+        clip = torch.randint(len(self), (batch_size,), generator=rng)
+        u = torch.rand(2, batch_size, generator=rng, dtype=torch.float64)  # in [0, 1)
+        lengths = self.lengths[clip]
         return clip, (u[0] * (lengths - self.frames + 1)).long(), (u[1] * lengths).long()
 
-    def read(self, clip, start, frame, pin=False):
-        """Read what `draw` drew: the B windows S_T(v), then the B frames S_1(v), of real clips.
+    def sample(self, batch_size, rng):
+        """Sample S_T and S_1 of `batch_size` real clips: a Batch of uint8 pixels.
 
-        Returns (B * T + B, S, S, 3) uint8, RGB, where the clips are: on the device after `to`, else
-        in host memory, which `pin` makes a GPU able to fetch by itself.
+        It is on the device of `to`, else on the CPU; channels lie last in memory.
         """
+        clip, start, frame = self.sample_indices(batch_size, rng)
         if self.pixels is not None:
-            clip, start, frame = (x.to(self.pixels.device) for x in (clip, start, frame))
-            first = self.first[clip]
-            window = (first + start)[:, None] + torch.arange(self.frames, device=first.device)
-            return self.pixels[torch.cat([window.flatten(), first + frame])]
-        shape = len(clip) * (self.frames + 1), self.size, self.size, 3
-        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
-        windows, frames = pixels.numpy()[: -len(clip)], pixels.numpy()[-len(clip) :]
-        for i, (c, s, f) in enumerate(zip(clip.tolist(), start.tolist(), frame.tolist())):
-            array = self.clip(c)
-            windows[i * self.frames : (i + 1) * self.frames] = array[s : s + self.frames]
-            frames[i] = array[f]
-        return pixels
+            offset = (self.lengths.cumsum(0) - self.lengths)[clip]  # where the clip begins
+            window_idx = (offset + start)[:, None] + torch.arange(self.frames)
+            device = self.pixels.device
+            windows = self.pixels[window_idx.to(device)]
+            frames = self.pixels[(offset + frame).to(device)]
+        else:
+            shape = self.size, self.size, 3
+            options = {"dtype": torch.uint8, "pin_memory": self.pin_memory}
+            windows = torch.empty(batch_size, self.frames, *shape, **options)
+            frames = torch.empty(batch_size, *shape, **options)
+            for i, (c, s, f) in enumerate(zip(clip.tolist(), start.tolist(), frame.tolist())):
+                pixels = self.clip(c)
+                windows.numpy()[i] = pixels[s : s + self.frames]
+                frames.numpy()[i] = pixels[f]
+        return Batch(windows.permute(0, 4, 1, 2, 3), frames.permute(0, 3, 1, 2), self.labels[clip])
 
 
-class ReadAhead:
-    """Batches of real clips from the memory maps; a thread reads one while the last one is used.
-
-    rng: a torch.Generator on the CPU, for this alone. `state` is its state after the batch that
-    `next` returned last, without those read ahead: what a checkpoint needs.
-    """
-
-    def __init__(self, clips, batch_size, rng, pin=False):
-        self.clips, self.batch_size, self.rng, self.pin = clips, batch_size, rng, pin
-        self.thread = ThreadPoolExecutor(1)
-        self.go_on_from(rng.get_state())
-
-    def go_on_from(self, state):
-        """Return to a `state` of earlier; what was read ahead is forgotten."""
-        self.thread.submit(self.rng.set_state, state).result()
-        self.state, self.ahead = state, None
-
-    def _read(self):
-        pixels = self.clips.read(*self.clips.draw(self.batch_size, self.rng), self.pin)
-        return pixels, self.rng.get_state()
-
-    def next(self):
-        """The next batch, as from `ClipDataset.read`. One that fails is read again."""
-        ahead, self.ahead = self.ahead or self.thread.submit(self._read), None
-        try:
-            pixels, self.state = ahead.result()
-        except BaseException:  # an array that is gone, or Ctrl-C: the draw is made again
-            ahead.cancel()
-            self.go_on_from(self.state)
-            raise
-        self.ahead = self.thread.submit(self._read)
-        return pixels
+def load_array(path):
+    """Memory-map a .npy file. Raises ValueError if it holds no plain array."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # NumPy raises a dozen kinds for a damaged header
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"cannot be read ({reason})") from None
+    if not isinstance(array, np.memmap):
+        raise ValueError("not a single array")
+    return array
 
 
-def look(pixels, batch_size):
-    """Frames as `ClipDataset.read` returns them, as float32 in [-1, 1]: S_T(v) and S_1(v)."""
-    return split(to_float(pixels).permute(0, 3, 1, 2), batch_size)
-
-
-def split(frames, batch_size):
-    """B * T frames of windows, then B single ones, (B * T + B, 3, S, S), to S_T and S_1.
-
-    Returns windows (B, 3, T, S, S) and frames (B, 3, S, S), which share the memory of `frames`;
-    where that is channels last, so are they.
-    """
-    windows, single = frames[:-batch_size], frames[-batch_size:]
-    return windows.unflatten(0, (batch_size, -1)).transpose(1, 2), single
+def clip_shape(array, frames):
+    """The shape of `array`. Raises ValueError if it is no clip of at least `frames` frames."""
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+        raise ValueError(f"{array.dtype} {array.shape}, not uint8 (n_frames, S, S, 3)")
+    length, height, width, _ = array.shape
+    if height != width or width % 16 or not 32 <= width <= 256:
+        raise ValueError(f"frames of {width}×{height}, not square, of 32, 48, ... or 256")
+    if length < frames:
+        raise ValueError(f"{length} frames, shorter than a window of {frames}")
+    return array.shape

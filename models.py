@@ -1,7 +1,7 @@
 """The four networks of MoCoGAN (Tulyakov et al., 2017), and what joins two of them into video.
 
 A video of K frames is a path of K points z(k) = [z_C ; z_M(k)] in an image latent space (paper,
-section 3.1). z_C, the content, is drawn once for a video; z_M(1) ... z_M(K), the motion, comes
+section 3.1). z_C, the content, is sampled once a video; z_M(1) ... z_M(K), the motion, comes
 from the recurrent network R_M, fed with fresh noise e(k) at every frame. The image generator G_I
 turns each point into a frame. D_I judges one frame of a video, D_V judges T frames in a row.
 
@@ -27,7 +27,7 @@ class MotionRNN(nn.Module):
     def forward(self, e, h0):
         """Run the GRU over a whole path, of any length K (paper, section 3.1).
 
-        e: (B, K, 10), N(0, I), a fresh draw for every frame; h0: (B, 10), N(0, I), the first state.
+        e: (B, K, 10), N(0, I), fresh for every frame; h0: (B, 10), N(0, I), the first state.
         Returns z_M: (B, K, 10), in [-1, 1] but for what is left of h0.
         """
         z_motion, _ = self.gru(e, h0[None])
@@ -127,10 +127,10 @@ class VideoGenerator(nn.Module):
         self.motion_rnn = MotionRNN()
         self.image_generator = ImageGenerator(size)
 
-    def draw_noise(self, batch_size, length, rng):
-        """Draw what `forward` takes, from `rng`, a torch.Generator.
+    def sample_noise(self, batch_size, length, rng):
+        """Sample what `forward` takes, from `rng`, a torch.Generator on the CPU.
 
-        Returns N(0, I) draws on the device of the networks: z_content (B, 50), the noise e
+        Returns samples of N(0, I) on the device of the networks: z_content (B, 50), the noise e
         (B, K, 10) with K = length, and the first state h0 (B, 10).
         """
         device = next(self.parameters()).device
@@ -139,11 +139,10 @@ class VideoGenerator(nn.Module):
             (batch_size, length, DIM_NOISE),
             (batch_size, DIM_MOTION),
         )
-        draws = (torch.randn(shape, generator=rng, device=rng.device) for shape in shapes)
-        return tuple(draw.to(device) for draw in draws)
+        return tuple(torch.randn(shape, generator=rng).to(device) for shape in shapes)
 
     def path(self, z_content, e, h0):
-        """The path [z_C ; z_M(1)] ... [z_C ; z_M(K)]: (B, K, 60), from `draw_noise`'s draws."""
+        """The path [z_C ; z_M(1)] ... [z_C ; z_M(K)]: (B, K, 60), from `sample_noise`."""
         z_motion = self.motion_rnn(e, h0)
         z_content = z_content[:, None].expand(-1, z_motion.shape[1], -1)
         return torch.cat([z_content, z_motion], dim=2)
@@ -154,5 +153,5 @@ class VideoGenerator(nn.Module):
         return frames.unflatten(0, z.shape[:-1])
 
     def forward(self, z_content, e, h0):
-        """A video of K frames for each item of `draw_noise`'s draws: (B, 3, K, S, S) in [-1, 1]."""
+        """B videos of K frames from `sample_noise`: (B, 3, K, S, S) in [-1, 1]."""
         return self.render(self.path(z_content, e, h0)).transpose(1, 2)

@@ -1,60 +1,42 @@
-"""Turn video clips into fixed 96×96 frame arrays for main.py.
+"""Turn video clips into arrays of 96×96 frames for main.py.
 
-    python resize.py                  # videos in raw_data/<action>/ (or in resized_data/ itself)
+    python resize.py                  # videos in raw_data/<action>/, or in resized_data/ itself
     python resize.py --download       # fetch the Weizmann clips into raw_data/ first
-    python resize.py --synthetic      # no data at all: draw people doing the ten actions
+    python resize.py --synthetic      # no data at all: render people doing the ten actions
 
 Each clip becomes resized_data/<action>/<clip>.npy: uint8, (n_frames, 96, 96, 3), RGB. Running it
 again only does what is new or has changed.
 """
 
-import argparse
-import contextlib
+import itertools
 import json
-import os
-import shutil
-import urllib.request
+import socket
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
-
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a bad file gets our line, not FFmpeg's
-os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
 
 import cv2
 import numpy as np
-from numpy.lib import format as npy
-from tqdm import tqdm
+import torch
 
 import synthetic
 from utils import (
     Parser,
     UserError,
-    alone_in,
     files_below,
+    folder,
+    lock_folders,
     number,
     one_line_errors,
-    open_array,
     progress_bar,
-    whole_file,
 )
+from video import STRIPS, VIDEOS, Unusable, read_frames, save_npy
 
-VIDEOS = {".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".wmv"}
-VIDEOS |= {".3gp", ".flv", ".mts", ".m2ts", ".ts", ".ogv"}
-STRIPS = {".jpg", ".jpeg", ".png"}
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # a bad file gets our line only
+
 MIN_FRAMES = 16  # the window of the video discriminator
-RECORD = "clips.jsonl"  # in --out: what each array was made from
-DRAWN = "synthetic"  # the source of an array, there, that --synthetic drew
-
+SYNTHETIC = Path(synthetic.__file__)  # the source of all synthetic clips
 URL = "https://www.wisdom.weizmann.ac.il/~vision/VideoAnalysis/Demos/SpaceTimeActions/DB"
-ACTIONS = "bend", "jack", "jump", "pjump", "run", "side", "skip", "walk", "wave1", "wave2"
-
-
-# ---------------------------------------------------------------- geometry
+ACTIONS = ("bend", "jack", "jump", "pjump", "run", "side", "skip", "walk", "wave1", "wave2")
 
 
 def resize_frame(frame, size=96):
@@ -77,384 +59,178 @@ def resize_frame(frame, size=96):
     return frame[top : top + size, left : left + size]
 
 
-# ---------------------------------------------------------------- reading
+def resize_clip(frames, size=96, every=1):
+    """Yield every `every`-th of `frames`, resized. Raises Unusable if that gives fewer than 16."""
+    length = 0
+    for frame in itertools.islice(frames, 0, None, every):
+        yield resize_frame(frame, size)
+        length += 1
+    if length < MIN_FRAMES:
+        raise Unusable(f"{length} frames, shorter than {MIN_FRAMES}")
 
 
-class Unusable(Exception):
-    """Why a file gives no clip."""
+def find_sources(raw, out):
+    """Find the videos and strips below `raw`, and those in `out` itself.
 
-
-def read_frames(path):
-    """Yield the frames of a video or of an image strip: (H, W, 3) uint8, RGB.
-
-    Raises Unusable if `path` cannot be read as what its name says.
-    """
-    return read_strip(path) if path.suffix.lower() in STRIPS else read_video(path)
-
-
-def read_video(path):
-    """Yield the frames of a video file or GIF, turned upright as its metadata says."""
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError:  # OpenCV ends the process on such a name
-        raise Unusable("its name is not valid UTF-8: rename it") from None
-    with open(path, "rb"):  # says what is wrong with it, where OpenCV only says no
-        capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG)
-    try:
-        if not capture.isOpened():
-            raise Unusable("not a video that can be read")
-        read, promised = 0, capture.get(cv2.CAP_PROP_FRAME_COUNT)
-        while True:
-            ok, frame = capture.read()
-            if not ok:
-                break
-            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-            read += 1
-        if 0 < read < 0.9 * promised:
-            tqdm.write(f"note: {path}: only {read} of {promised:.0f} frames could be read")
-    finally:
-        capture.release()
-
-
-def read_strip(path):
-    """Yield the square frames of an image strip, side by side or one below the other."""
-    content = np.frombuffer(path.read_bytes(), np.uint8)
-    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
-    if image is None:
-        raise Unusable("not an image that can be read")
-    height, width = image.shape[:2]
-    side = min(height, width)
-    if max(height, width) % side:
-        raise Unusable(f"{width}×{height} is not a strip of square frames")
-    image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    yield from np.split(image, max(height, width) // side, axis=1 if width > height else 0)
-
-
-# ---------------------------------------------------------------- writing
-
-
-@dataclass
-class Source:
-    """What one array is made from."""
-
-    name: str  # for people
-    identity: list  # plain values; the array is made anew when they change
-    frames: Callable  # called with nothing, gives the frames
-
-
-def write_clip(path, frames, size=96, every=1):
-    """Resize every `every`-th of `frames` and write them to `path` as one array.
-
-    Frame by frame, so that a clip of any length takes little memory; whole or not at all. Returns
-    the number of frames written. Raises Unusable if there are fewer than 16.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    seen = kept = 0
-    with whole_file(path) as file:
-
-        def write_header(n):  # as long for any n: NumPy leaves room for the first axis to grow
-            file.seek(0)
-            shape = {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)}
-            npy.write_array_header_1_0(file, shape)
-
-        write_header(0)
-        for frame in frames:
-            if seen % every == 0:
-                file.write(np.ascontiguousarray(resize_frame(frame, size)))
-                kept += 1
-            seen += 1
-        if seen == 0:
-            raise Unusable("has no frames")
-        if kept < MIN_FRAMES:
-            of = f" (every {every} of {seen})" if every > 1 else ""
-            raise Unusable(f"{kept} frames{of}, shorter than {MIN_FRAMES}")
-        write_header(kept)
-    return kept
-
-
-def find_clips(raw, out):
-    """Find the videos and strips below `raw`, and those lying in `out` itself.
-
-    Returns a dict from the path of the array, below `out`, to its Source, and a list of the files
-    left out: pairs of name and reason.
+    Returns a dict {path of an array, below `out`: (path of its source, frames still to be read)},
+    and a list of the files left out: pairs of path and reason.
     """
     sources, skipped = {}, []
     roots = {raw.resolve(): raw, out.resolve(): out}  # one, if they are the same folder
-    for real, root in roots.items():
-        others = [other for other in roots if other != real and other.is_relative_to(real)]
-        for path in files_below(root):
-            if any(path.resolve().is_relative_to(other) for other in others):
-                continue  # it is in that folder's own walk
-            if path.suffix.lower() not in VIDEOS | STRIPS or not path.is_file():
+    for resolved, root in roots.items():
+        nested = [other for other in roots if resolved in other.parents]
+        for path in files_below(root) if root.is_dir() else []:
+            if path.suffix.lower() not in VIDEOS | STRIPS:
                 continue
+            if any(path.resolve().is_relative_to(other) for other in nested):
+                continue  # it is found there
             array = path.relative_to(root).with_suffix(".npy")
             if array in sources:
-                reason = f"would make the same array as {sources[array].name}: rename one"
+                reason = f"would make the same array as {sources[array][0]}: rename one"
                 skipped.append((path, reason))
-                continue
-            about = path.stat()
-            identity = [path.relative_to(root).as_posix(), about.st_size, about.st_mtime_ns]
-            sources[array] = Source(str(path), identity, partial(read_frames, path))
+            else:
+                sources[array] = path, read_frames(path)
     return sources, skipped
 
 
-def convert(sources, out, size=96, every=1):
-    """Write an array for each of `sources` (see `find_clips`), unless `out` has it already.
-
-    Returns a dict from the arrays to their numbers of frames, and a list of those left out: pairs
-    of name and reason.
-    """
-    record = read_record(out)
-    done, skipped = {}, []
-    with open(out / RECORD, "a") as file:
-        for array, source in progress_bar(sources.items(), desc="resizing", unit="clip"):
-            made_from = {"source": source.identity, "size": size, "every": every}
-            frames = count_frames(out / array, size) if record.get(array) == made_from else None
-            if frames is None:
-                try:
-                    frames = write_clip(out / array, source.frames(), size, every)
-                except (Unusable, OSError, cv2.error) as reason:
-                    skipped.append((source.name, reason))
-                    continue
-                file.write(json.dumps([array.as_posix(), made_from]) + "\n")
-                file.flush()
-            done[array] = frames
-    write_record(out, read_record(out))
-    return done, skipped
-
-
-def count_frames(path, size):
-    """The number of frames in a whole array of frames of that size; None if it is not one."""
-    try:
-        array = open_array(path)
-    except ValueError:
-        return None
-    return len(array) if array.dtype == np.uint8 and array.shape[1:] == (size, size, 3) else None
-
-
-def read_record(out):
-    """What the arrays in `out` were made from: a dict by their paths, of those that are there."""
-    record = {}
-    with contextlib.suppress(FileNotFoundError), open(out / RECORD, errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, TypeError, RecursionError):  # a damaged line
-                name, made_from = json.loads(line)
-                array = Path(name)
-                sound = isinstance(made_from, dict) and isinstance(made_from.get("source"), list)
-                if sound and not array.is_absolute() and ".." not in array.parts:
-                    record[array] = made_from
-    return {array: made_from for array, made_from in record.items() if (out / array).is_file()}
-
-
-def write_record(out, record):
-    with whole_file(out / RECORD) as file:
-        for array, made_from in record.items():
-            file.write(json.dumps([array.as_posix(), made_from]).encode() + b"\n")
-
-
-# ---------------------------------------------------------------- downloading
-
-
-def download(raw, url=URL):
-    """Fetch the ten zips of the Weizmann data set into `raw` and unpack them there, by action.
-
-    What is there already is not fetched again; a download that was cut off is taken up where it
-    stopped. Raises UserError where the server cannot be reached or gives no sound archive.
-    """
-    raw.mkdir(parents=True, exist_ok=True)
-    for action in ACTIONS:
-        archive = raw / f"{action}.zip"
-        if not archive.exists():
-            fetch(f"{url.rstrip('/')}/{action}.zip", archive)
-        unpack(archive, raw / action)
-
-
-def fetch(url, path, tries=3):
-    """Download `url` to `path`, by way of `<path>.part`, which a later call goes on with."""
-    part = path.with_name(path.name + ".part")
-    for left in reversed(range(tries)):
-        try:
-            fetch_rest(url, part)
-            break
-        except (OSError, HTTPException, ValueError) as error:  # URLError, timeouts: OSErrors
-            for_good = isinstance(error, ValueError) or getattr(error, "code", 500) < 500
-            if left and not for_good:
-                continue
-            reason = " ".join(str(getattr(error, "reason", None) or error).split())
-            raise UserError(
-                f"cannot download {url}: {reason}; run the same again to go on where it stopped, "
-                "name a mirror with --url, or do without the data with --synthetic"
-            ) from None
-    os.replace(part, path)
-
-
-def fetch_rest(url, part):
-    """Append to `part` what it lacks of `url`. Raises OSError if the connection ends early."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(
-        url, headers={"User-Agent": "mocogan", "Range": f"bytes={have}-"}
-    )
-    try:
-        response = urllib.request.urlopen(request, timeout=30)
-    except HTTPError as error:
-        if error.code == 416 and have:  # nothing is left to send: it was all there
-            return
-        raise
-    with response, open(part, "ab") as file:
-        if response.status != 206:  # the server sends all of it
-            file.truncate(have := 0)
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        name = part.name.removesuffix(".part")
-        with progress_bar(desc=name, initial=have, total=total, unit="B", unit_scale=True) as bar:
-            while block := response.read(1 << 16):
-                have += file.write(block)
-                bar.update(len(block))
-        if total is not None and have < total:
-            raise ConnectionError(f"the connection ended after {have} of {total} bytes")
-
-
-def is_sound(archive):
-    """Whether `archive` is a zip whose members can all be read and match their checksums."""
-    try:
-        with zipfile.ZipFile(archive) as members:
-            return members.testzip() is None
-    except Exception:  # zipfile raises a dozen kinds for a damaged archive
-        return False
-
-
-def unpack(archive, folder):
-    """Unpack a zip into `folder`, but for what is there; each file whole or not at all.
-
-    Raises UserError if the archive is damaged, which is then removed, or if a member would land
-    outside `folder`.
-    """
-    if not is_sound(archive):
-        archive.unlink()
-        raise UserError(f"{archive}: not a sound zip, removed; run the same again to fetch it")
-    with zipfile.ZipFile(archive) as members:
-        files = [member for member in members.infolist() if not member.is_dir()]
-        for member in files:
-            target = folder / member.filename
-            if not target.resolve().is_relative_to(folder.resolve()):
-                raise UserError(
-                    f"{archive}: refused, {member.filename} would land outside {folder}"
-                )
-        for member in files:
-            target = folder / member.filename
-            if target.exists() and target.stat().st_size == member.file_size:
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with members.open(member) as source, whole_file(target) as file:
-                shutil.copyfileobj(source, file)
-
-
-# ---------------------------------------------------------------- synthetic clips
-
-
-def synthetic_clips():
-    """The nine drawn people doing the ten actions, as `convert` takes them."""
+def synthetic_sources():
+    """The nine synthetic people doing the ten actions, as `find_sources` gives real clips."""
     return {
-        Path(action, f"{person.name}_{action}.npy"): Source(
-            f"{person.name}_{action}",
-            [DRAWN, synthetic.VERSION],
-            partial(synthetic.draw_clip, person, action),
-        )
+        Path(action, f"{who.name}_{action}.npy"): (SYNTHETIC, synthetic.render_clip(who, action))
         for action in ACTIONS
-        for person in synthetic.PEOPLE
+        for who in synthetic.PEOPLE
     }
 
 
-# ---------------------------------------------------------------- the command
+def convert(sources, out, size=96, every=1):
+    """Write an array for each of `sources` (see `find_sources`), unless `out` has it already.
+
+    Returns a dict from the paths of the arrays to their numbers of frames, and a list of the
+    sources left out: pairs of path and reason. Raises OSError if an array cannot be written.
+    """
+    is_synthetic = any(path == SYNTHETIC for path, _ in sources.values())
+    content = json.dumps({"size": size, "every": every, "synthetic": is_synthetic}).encode()
+    settings = out / "settings.json"
+    if not settings.exists() or settings.read_bytes() != content:
+        settings.write_bytes(content)  # all arrays are older now, and are made again
+    lengths, skipped = {}, []
+    for array, (path, frames) in progress_bar(sources.items(), desc="resizing", unit="clip"):
+        try:
+            if not is_up_to_date(out / array, size, newer_than=(path, settings)):
+                (out / array).parent.mkdir(parents=True, exist_ok=True)
+                save_npy(out / array, resize_clip(frames, size, every))
+            lengths[array] = len(np.load(out / array, mmap_mode="r"))
+        except (Unusable, cv2.error, OSError) as error:
+            if isinstance(error, OSError) and error.filename != str(path):
+                raise  # it is not the source that cannot be read: the disk is full, say
+            reason = getattr(error, "strerror", None) or str(error).strip()
+            skipped.append((array if path == SYNTHETIC else path, reason))
+    return lengths, skipped
 
 
-def frame_size(text):
-    """An argparse type: 32, 48, 64 ... 256."""
-    size = number(int, 32, 256)(text)
-    if size % 16:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 16")
-    return size
+def is_up_to_date(path, size, newer_than):
+    """Whether `path` is an intact array of frames of that size, newer than those files."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        intact = array.dtype == np.uint8 and array.shape[1:] == (size, size, 3)
+        newest = max(file.stat().st_mtime_ns for file in newer_than)
+        return intact and len(array) >= MIN_FRAMES and path.stat().st_mtime_ns > newest
+    except Exception:  # NumPy raises a dozen kinds for a damaged file
+        return False
 
 
-def parse(argv=None):
-    parser = Parser(prog="resize.py", description=__doc__.splitlines()[0])
+def arrays_in(out):
+    """The paths, below `out`, of all arrays there."""
+    files = files_below(out) if out.exists() else []
+    return [path.relative_to(out) for path in files if path.suffix == ".npy"]
+
+
+def download(raw, url=URL):
+    """Download the ten zips of the Weizmann data set into `raw` and extract each to raw/<action>.
+
+    Files that exist are neither downloaded nor extracted again. Raises UserError if a zip cannot be
+    downloaded or is damaged, OSError if it cannot be extracted.
+    """
+    socket.setdefaulttimeout(30)  # seconds without anything from the server
+    for action in ACTIONS:
+        archive = raw / f"{action}.zip"
+        source = f"{url.rstrip('/')}/{archive.name}"
+        try:
+            if not archive.exists():
+                for partial in raw.glob(f"{archive.name}.*.partial"):
+                    partial.unlink()  # of a download that was killed
+                print(f"downloading {source}", flush=True)
+                torch.hub.download_url_to_file(source, archive)
+            if zipfile.ZipFile(archive).testzip():
+                raise zipfile.BadZipFile("damaged zip")
+        except Exception as error:  # urllib, http.client and zipfile raise two dozen kinds
+            archive.unlink(missing_ok=True)
+            raise UserError(
+                f"cannot download {source}: {getattr(error, 'reason', None) or error}; run the "
+                "same again, name a mirror with --url, or do without the data with --synthetic"
+            ) from None
+        with zipfile.ZipFile(archive) as members:
+            for member in members.infolist():
+                path = raw / action / member.filename
+                if not path.is_file() or path.stat().st_size != member.file_size:
+                    members.extract(member, raw / action)
+
+
+def main(argv=None):
+    parser = Parser(prog="resize.py", description="Turn video clips into arrays for main.py.")
     add = parser.add_argument
-    add("--raw", type=Path, default="raw_data", help="folder of videos, in a subfolder an action")
-    add("--out", type=Path, default="resized_data", help="folder for the arrays")
-    add("--size", type=frame_size, default=96, help="side of a frame: a multiple of 16, 32 to 256")
+    add("--raw", type=folder, default="raw_data", help="folder of videos, a subfolder an action")
+    add("--out", type=folder, default="resized_data", help="folder for the arrays")
+    add("--size", type=int, choices=range(32, 257, 16), default=96, metavar="SIZE",
+        help="side of a frame: a multiple of 16, 32 to 256")  # fmt: skip
     add("--every", type=number(int, 1), default=1, help="keep every Nth frame")
-    add("--download", action="store_true", help="fetch the Weizmann clips into --raw first")
     add("--url", default=URL, help="with --download: where the ten zips are")
-    add("--synthetic", action="store_true", help="draw clips instead of reading any")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--download", action="store_true", help="fetch the Weizmann clips into --raw first")
+    add("--synthetic", action="store_true", help="render clips instead of reading any")
     args = parser.parse_args(argv)
-    if args.download and args.synthetic:
-        parser.error("--download and --synthetic do not go together: choose one")
-    if not args.url.startswith(("http://", "https://")):
-        parser.error(f"--url {args.url}: must begin with http:// or https://")
-    return parser, args
+    with one_line_errors("resize.py"):
+        make_arrays(args)
 
 
 def make_arrays(args):
     if args.download:
-        with alone_in(args.raw):
+        with lock_folders(args.raw):
             download(args.raw, args.url)
     if args.synthetic:
-        sources, skipped = synthetic_clips(), []
+        sources, skipped = synthetic_sources(), []
         if others := [array for array in arrays_in(args.out) if array not in sources]:
             raise UserError(
                 f"--synthetic: {args.out} holds other clips, such as {others[0]}; "
                 "name another folder with --out"
             )
     else:
-        sources, skipped = find_clips(args.raw, args.out)
-        if not sources:
-            raise UserError(
-                f"no videos in {args.raw}; put some into a folder for each action there, "
-                "fetch the Weizmann clips with --download, or draw some with --synthetic"
-            )
-    with alone_in(args.out):
-        done, failed = convert(sources, args.out, args.size, args.every)
+        sources, skipped = find_sources(args.raw, args.out)
+    with lock_folders(args.out):
+        lengths, failed = convert(sources, args.out, args.size, args.every)
         skipped += failed
-        for name, reason in skipped:
-            print(f"skipped {name}: {reason}")
-        if not done:
+        for path, reason in skipped:
+            print(f"skipped {path}: {reason}")
+        if not lengths:
             raise UserError(
-                f"none of {len(skipped)} files gave a clip ({skipped[0][0]}: {skipped[0][1]}); "
-                "try others, or --download, or --synthetic"
+                f"no clips from {len(skipped)} files; put videos into a folder for each action in "
+                f"{args.raw}, fetch Weizmann's with --download, or render some with --synthetic"
             )
-        remove_drawn(args.out, keep=done)
-    actions = {array.parts[0] for array in done if len(array.parts) > 1}
+        leftover = set(arrays_in(args.out)) & set(synthetic_sources()) - set(sources)
+        for array in leftover:
+            (args.out / array).unlink()
+        if leftover:
+            print(f"removed {len(leftover)} synthetic clips from {args.out}")
+    actions = {array.parts[0] for array in lengths if len(array.parts) > 1}
     print(
-        f"{len(done)} clips, {sum(done.values())} frames, {len(actions)} actions → {args.out} "
-        f"({len(skipped)} skipped)"
+        f"{len(lengths)} clips, {sum(lengths.values())} frames, {len(actions)} actions → "
+        f"{args.out} ({len(skipped)} skipped)"
     )
-    if others := [array for array in arrays_in(args.out) if array not in done]:
+    if others := [array for array in arrays_in(args.out) if array not in lengths]:
         print(
-            f"note: {args.out} also holds {len(others)} that these clips did not give, such as "
+            f"note: {args.out} also holds {len(others)} arrays of other clips, such as "
             f"{others[0]}; main.py trains on them too, unless you delete them"
         )
-
-
-def arrays_in(out):
-    """The paths of all arrays in `out`, below it."""
-    return [path.relative_to(out) for path in files_below(out) if path.suffix == ".npy"]
-
-
-def remove_drawn(out, keep):
-    """Remove the arrays that --synthetic drew, but for those in `keep`: real clips have come."""
-    record = read_record(out)
-    drawn = [a for a, made_from in record.items() if made_from["source"][:1] == [DRAWN]]
-    gone = [array for array in drawn if array not in keep]
-    for array in gone:
-        (out / array).unlink()
-    if gone:
-        print(f"removed {len(gone)} clips that --synthetic had drawn in {out}")
-
-
-def main(argv=None):
-    parser, args = parse(argv)
-    with one_line_errors(parser):
-        make_arrays(args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""People for those without the data: nine of them, drawn doing the ten Weizmann actions.
+"""Synthetic clips, for those without the data: nine people doing the ten Weizmann actions.
 
-Jointed figures with clothes on, before a textured wall, 180×144 at 25 fps as the real clips are.
-Everything follows from the tables below; the same frames come out every time.
+They are jointed figures in clothes, in front of a textured wall, 180×144 at 25 fps like the real
+clips. Everything follows from the tables below, so the same frames come out every time.
 
 Angles are in degrees from straight down, positive forward (seen from the side) or outward (from
 the front); lengths are in body heights; a phase p counts cycles of the movement.
@@ -12,16 +12,15 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-WIDTH, HEIGHT, GROUND = 180, 144, 116  # of a frame in pixels, and where the feet are
+WIDTH, HEIGHT, GROUND = (180, 144, 116)  # of a frame in pixels; the feet are at row GROUND
 FPS = 25
-VERSION = 1  # of the drawings; one more, and resize.py draws them anew
-FINE = 4  # drawn that much larger, then averaged down
+SUPERSAMPLING = 4  # frames are rendered that much larger, then averaged down
 SHOES = "1e1c1a"
 
 
 @dataclass
 class Person:
-    """Who is in a clip, and before which wall. Colours are RGB, in hexadecimal."""
+    """Who is in a clip, and in front of which wall. Colours are RGB, in hexadecimal."""
 
     name: str
     height: int  # pixels
@@ -55,7 +54,7 @@ class Pose:
     legs: tuple  # two (thigh, shin)
     lean: float = 0  # of the trunk
     lift: float = 0  # of the lower foot off the ground
-    travel: float = 0  # way made so far
+    travel: float = 0  # distance from the start
 
 
 def wave(phase):
@@ -68,7 +67,7 @@ def swell(phase):
 
 
 def leap(phase):
-    """A jump with both feet: how deep the crouch is, how far the flight, how high (all 0..1)."""
+    """A jump with both feet: the depth of the crouch, progress and height of the flight (0..1)."""
     q = phase % 1
     crouch = np.sin(np.pi * q / 0.35) if q < 0.35 else max(0, np.sin(np.pi * (q - 0.85) / 0.3))
     flight = np.clip((q - 0.35) / 0.5, 0, 1)
@@ -88,7 +87,7 @@ def run(p):
 
 
 def stride(p):
-    """Of each leg in turn: how far forward it is, and how fast it is moving there."""
+    """For each leg, how far forward it is and how fast it moves forward."""
     return tuple((wave(q), wave(q + 0.25)) for q in (p, p + 0.5))
 
 
@@ -152,7 +151,7 @@ def wave2(p):
     return Pose((raised, raised), ((4, 3),) * 2)
 
 
-# movement, cycles a second, seen from the front (where limbs open to both sides)
+# The movement, cycles per second, and whether it is seen from the front (limbs open sideways).
 MOVEMENTS = {
     "bend": (bend, 0.4, False),
     "jack": (jack, 0.95, True),
@@ -167,7 +166,7 @@ MOVEMENTS = {
 }
 
 
-def draw_wall(colour, seed):
+def render_wall(colour, seed):
     """A wall of large blocks above a pavement: (HEIGHT, WIDTH, 3) uint8."""
     rng = np.random.default_rng(seed)
     stain = cv2.resize(rng.normal(size=(9, 12)), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
@@ -184,7 +183,7 @@ def draw_wall(colour, seed):
 
 
 def draw_person(canvas, person, pose, x, front, facing):
-    """Draw `person` in `pose` onto `canvas`, which is FINE times as large as a frame.
+    """Draw `person` in `pose` onto `canvas`, which is SUPERSAMPLING times as large as a frame.
 
     x: of the hips, in pixels of the frame; front: seen from the front, else from the side;
     facing: 1 to the right or -1 to the left.
@@ -198,18 +197,18 @@ def draw_person(canvas, person, pose, x, front, facing):
 
     def to_canvas(point):  # 1/16 pixels, for cv2's shift=4
         px = np.array([x + facing * point[0], point[1]])
-        return tuple(int(v) for v in np.round(px * FINE * 16))
+        return tuple(int(v) for v in np.round(px * SUPERSAMPLING * 16))
 
     def limb(a, b, thick, colour, shade=1.0):
         ends = to_canvas(a + ground), to_canvas(b + ground)
-        thickness = max(1, round(thick * width * FINE))
+        thickness = max(1, round(thick * width * SUPERSAMPLING))
         cv2.line(canvas, *ends, rgb(colour, shade), thickness, cv2.LINE_AA, shift=4)
 
     def blob(centre, radius, colour):
-        centre, radius = to_canvas(centre + ground), round(radius * h * FINE * 16)
+        centre, radius = to_canvas(centre + ground), round(radius * h * SUPERSAMPLING * 16)
         cv2.circle(canvas, centre, radius, rgb(colour), -1, cv2.LINE_AA, shift=4)
 
-    # joints, with the hips in the origin, then moved so that the lower foot stands `lift` high
+    # The joints, with the hips at the origin; `ground` moves the lower foot to height `lift`.
     sides = (1, -1) if front else (1, 1)
     spread = 1 if front else 0.15
     hip = np.zeros(2)
@@ -232,7 +231,7 @@ def draw_person(canvas, person, pose, x, front, facing):
         limb(shoulders[i], elbows[i], 0.075, person.shirt, shade)
         limb(elbows[i], hands[i], 0.055, person.skin, shade)
 
-    # from the back to the front; from the side, the far limbs lie in shade
+    # Draw from the back to the front. Seen from the side, the far limbs lie in shade.
     far = 1.0 if front else 0.7
     if not front:
         draw_arm(1, far)
@@ -258,17 +257,17 @@ def rgb(colour, shade=1.0):
     return tuple(int(c * shade) for c in bytes.fromhex(colour))
 
 
-def draw_clip(person, action):
+def render_clip(person, action):
     """Yield the frames of `person` doing `action`: (144, 180, 3) uint8, RGB, at 25 fps."""
     movement, pace, front = MOVEMENTS[action]
     who = PEOPLE.index(person)
-    cycles = pace * (0.9 + 0.03 * (who * 4 % 9)) / FPS  # in a frame; each has a tempo
-    speed = movement(1).travel * cycles * person.height  # pixels in a frame
+    cycles = pace * (0.9 + 0.03 * (who * 4 % 9)) / FPS  # per frame; everyone has a tempo
+    speed = movement(1).travel * cycles * person.height  # pixels per frame
     n = int(np.clip(140 / speed, 36, 80)) if speed else 60 + 2 * who
     facing = 1 if (who + list(MOVEMENTS).index(action)) % 2 else -1
     poses = [movement(0.11 * who + t * cycles) for t in range(n)]
-    wall = cv2.resize(draw_wall(person.wall, who), None, fx=FINE, fy=FINE)
-    for pose in poses:  # in the middle of the clip, the middle of the frame
+    wall = cv2.resize(render_wall(person.wall, who), None, fx=SUPERSAMPLING, fy=SUPERSAMPLING)
+    for pose in poses:  # the person is in the middle of the frame at the middle of the clip
         x = WIDTH / 2 + facing * (pose.travel - poses[n // 2].travel) * person.height
         canvas = wall.copy()
         draw_person(canvas, person, pose, x, front, facing)

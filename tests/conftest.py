@@ -1,4 +1,4 @@
-"""Fixtures: real clips where ../shared/weizmann is there, drawn ones elsewhere."""
+"""Fixtures: real clips where ../shared/weizmann exists, synthetic ones elsewhere."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
 def pytest_report_header():
-    kind = f"real, {SHARED}" if SHARED.is_dir() else "synthetic (there is no ../shared/weizmann)"
+    kind = f"real, {SHARED}" if SHARED.is_dir() else "synthetic (no ../shared/weizmann)"
     return f"clips: {kind}; devices: {', '.join(DEVICES)}"
 
 
@@ -36,20 +36,20 @@ def write_video(path, frames, **options):
 
 @pytest.fixture(scope="session")
 def weizmann(tmp_path_factory):
-    """Raw clips, the same clips as published (96×96, named by number), and how many there are.
+    """Raw clips, and the same clips as published: 96×96, named by number.
 
-    (raw folder, published folder, clips, frames, actions). Without the real ones: drawn ones, laid
-    out the same way.
+    (raw folder, published folder, numbers of clips, frames and actions). Without the real clips:
+    synthetic ones, in the same layout.
     """
     if SHARED.is_dir():
         return SHARED / "raw_data", SHARED / "resized_data", 83, 5370, 10
     folder = tmp_path_factory.mktemp("weizmann")
+    (folder / "published").mkdir()
     total = 0
     for number, action in enumerate(synthetic.MOVEMENTS):
-        frames = np.stack(list(synthetic.draw_clip(synthetic.PEOPLE[number % 9], action)))
+        frames = np.stack(list(synthetic.render_clip(synthetic.PEOPLE[number % 9], action)))
         total += len(frames)
         (folder / "raw" / action).mkdir(parents=True)
-        (folder / "published").mkdir(exist_ok=True)
         write_video(folder / "raw" / action / f"clip{number:02d}_{action}.avi", frames)
         write_video(folder / "published" / f"{number}.mp4", frames[:, 24:120, 42:138])
     return folder / "raw", folder / "published", 10, total, 10
@@ -59,10 +59,9 @@ def weizmann(tmp_path_factory):
 def clips_folder(tmp_path_factory):
     """A small data set: a few clips of three actions, 32×32."""
     out = tmp_path_factory.mktemp("clips")
+    sources = resize.synthetic_sources()
     if SHARED.is_dir():
-        sources, _ = resize.find_clips(SHARED / "raw_data", out)
-    else:
-        sources = resize.synthetic_clips()
+        sources, _ = resize.find_sources(SHARED / "raw_data", out)
     chosen = [a for a in sources if a.parts[0] in ("jack", "walk", "wave2")][::5]
     resize.convert({array: sources[array] for array in chosen}, out, size=32)
     return out
@@ -74,13 +73,13 @@ def clips(clips_folder):
 
 
 @pytest.fixture(scope="session")
-def drawn():
-    """A drawn clip: (n, 144, 180, 3) uint8."""
-    return np.stack(list(synthetic.draw_clip(synthetic.PEOPLE[0], "jack")))
+def synthetic_clip():
+    """A synthetic clip: (n, 144, 180, 3) uint8."""
+    return np.stack(list(synthetic.render_clip(synthetic.PEOPLE[0], "jack")))
 
 
 def run(script, *args):
-    """Run a script of the project as a person would; returns what it printed."""
+    """Run a script of the project as a user would; returns the process, with its output."""
     done = subprocess.run(
         [sys.executable, ROOT / script, *map(str, args)],
         capture_output=True,

@@ -1,0 +1,122 @@
+"""The metrics of a run, by name: losses.csv, losses.png and TensorBoard events."""
+
+import io
+import time
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from utils import atomic_write
+
+
+class Logger:
+    """Logs the metrics of every epoch into `folder`.
+
+    history: of an earlier part of the run, from `history`; losses.csv begins with it again.
+    `board_error`: why nothing goes to TensorBoard, or None. Raises OSError, as all its methods do.
+    """
+
+    def __init__(self, folder, history=None):
+        self.names = list(history["names"]) if history else []
+        self.rows = history["rows"].tolist() if history else []  # of floats, in the order of names
+        self.pending = []  # metrics of epochs that still lie on the device
+        self.png = folder / "losses.png"
+        self.csv = open(folder / "losses.csv", "w")  # noqa: SIM115 (closed by __exit__)
+        if history:
+            self._write_csv(1, self.rows)
+        self.board = self.board_error = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(folder, purge_step=len(self.rows) + 1)
+        except OSError:
+            raise
+        except Exception as error:  # not installed, or broken beside another package
+            self.board_error = error
+        self.start_clock()
+
+    def start_clock(self):
+        """Measure the next epochs from now on."""
+        self.clock = time.perf_counter()
+
+    def add(self, metrics):
+        """Add an epoch's metrics, a dict of tensors of one value on one device. Does not wait."""
+        self.names = [*metrics, "seconds"]
+        self.pending.append(torch.stack(list(metrics.values())))
+
+    def flush(self, epoch):
+        """Wait for the metrics of the epochs up to `epoch` and write them.
+
+        TensorBoard, which is slower, gets their mean. Returns a dict by name for each epoch.
+        """
+        values = torch.stack(self.pending).float().cpu()
+        seconds = (time.perf_counter() - self.clock) / len(values)
+        rows = [[*row, seconds] for row in values.tolist()]
+        self.pending = []
+        if not self.rows:
+            self.csv.write(",".join(["epoch", *self.names]) + "\n")
+        self.rows += rows
+        first = epoch - len(rows) + 1
+        self._write_csv(first, rows)
+        if self.board:
+            for name, mean in zip(self.names, np.mean(rows, axis=0)):
+                self.board.add_scalar(name, mean, epoch)
+        return [{"epoch": e, **dict(zip(self.names, row))} for e, row in enumerate(rows, first)]
+
+    def _write_csv(self, first_epoch, rows):
+        for epoch, row in enumerate(rows, first_epoch):
+            self.csv.write(",".join([str(epoch), *(f"{x:.6g}" for x in row)]) + "\n")
+        self.csv.flush()
+
+    def add_image(self, name, image, epoch):
+        """Show an image, (H, W, 3) uint8, in TensorBoard."""
+        if self.board:
+            self.board.add_image(name, image, epoch, dataformats="HWC")
+            self.board.flush()
+
+    def history(self):
+        """All metrics so far, for a checkpoint."""
+        return {"names": self.names, "rows": torch.tensor(self.rows)}
+
+    def plot(self):
+        """Plot losses.png: the losses on images and on videos, side by side."""
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        for axes, kind in zip(figure.subplots(1, 2), ("image", "video")):
+            self._plot_losses(axes, kind)
+        with atomic_write(self.png) as file:
+            figure.savefig(file, format="png", dpi=100)
+
+    def svg(self, kind):
+        """The plot of the losses on `kind`, "image" or "video", as SVG: bytes."""
+        figure = Figure(figsize=(4.5, 3), layout="constrained")
+        self._plot_losses(figure.subplots(), kind)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+        return file.getvalue()
+
+    def _plot_losses(self, axes, kind):
+        """Plot each epoch faintly, and the running mean; at most some 1,000 points of each."""
+        step = max(1, len(self.rows) // 1000)
+        width = max(1, min(10, len(self.rows) // 5), len(self.rows) // 50)
+        for name in (f"loss_d_{kind}", f"loss_g_{kind}"):
+            if not self.rows:
+                continue
+            column = self.names.index(name)
+            values = np.array([row[column] for row in self.rows])
+            epochs = np.arange(1, len(values) + 1)
+            mean = np.convolve(values, np.ones(width) / width, mode="valid")
+            (line,) = axes.plot(epochs[width - 1 :: step], mean[::step], label=name)
+            axes.plot(epochs[::step], values[::step], color=line.get_color(), alpha=0.25, lw=0.5)
+            axes.legend()
+        axes.set(xlabel="epoch", ylabel="binary cross-entropy", title=f"{kind} losses")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error_type, *_):
+        if error_type is None and self.board:
+            self.board.close()
+        self.csv.close()
