@@ -1,4 +1,4 @@
-# make demo: from nothing to generated videos, on drawn clips.  make test: what CI runs.
+# make demo: from nothing to generated videos, on synthetic clips.  make test: the tests.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,12 +10,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python resize.py --synthetic --out demo/resized_data
 	$(BIN)/python main.py --batch-size 4 --epochs 300 --sample-every 100 --data demo/resized_data \
 		--models demo/trained_models --videos demo/generated_videos
-	@echo "Look at demo/generated_videos/index.html in a browser: what it made, what is real."
+	@echo "Open demo/generated_videos/index.html in a browser: generated and real videos."
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python tests/browser.py
 	$(BIN)/python -m pytest
 
 format: $(VENV)/.installed-dev

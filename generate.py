@@ -27,7 +27,7 @@ from utils import (
     progress_bar,
     set_up_device,
 )
-from video import FORMATS, GIF_FPS, RESAMPLE, LabelledGrid, enlarge, save_video
+from video import FORMATS, RESAMPLE, LabelledGrid, enlarge, save_video
 
 BLOCK = 64  # frames whose noise is sampled at once, the same for every length
 BATCH = 64  # frames rendered at once: more need more memory and are no faster
@@ -62,7 +62,7 @@ def load_generator(path, device="cpu"):
     return generator.to(device).eval()
 
 
-# ---------------------------------------------------------------- sampling of noise
+# ---------------------------------------------------------------- noise to videos
 
 
 def random_stream(*numbers):
@@ -84,11 +84,11 @@ def sample_motion_noise(seed, indices, frames):
     """
     streams = [random_stream(seed, 1, i) for i in indices]
     h0 = torch.stack([torch.randn(DIM_MOTION, generator=rng) for rng in streams])
-    blocks = [
-        torch.stack([torch.randn(BLOCK, DIM_NOISE, generator=rng) for rng in streams])
-        for _ in range(0, frames, BLOCK)
+    blocks = range(0, frames, BLOCK)
+    e = [
+        torch.cat([torch.randn(BLOCK, DIM_NOISE, generator=rng) for _ in blocks]) for rng in streams
     ]
-    return torch.cat(blocks, dim=1)[:, :frames], h0
+    return torch.stack(e)[:, :frames], h0
 
 
 def interpolate(a, b, steps):
@@ -100,9 +100,6 @@ def interpolate(a, b, steps):
     angles = [math.pi / 2 * i / (steps - 1) for i in range(1, steps - 1)]
     between = [math.cos(t) * a + math.sin(t) * b for t in angles]
     return torch.stack([a, *between, b][:steps], dim=1)
-
-
-# ---------------------------------------------------------------- rendering
 
 
 @torch.no_grad()
@@ -176,8 +173,8 @@ def interpolation(
         z_motion = z_motion.expand(rows, columns, -1, -1)
     else:
         z_content = sample_contents(seed, [0]).expand(rows, columns, -1)
-        a, b = (sample_motion_noise(seed, indices, frames) for indices in (starts, ends))
-        noise = (interpolate(*ab, columns).flatten(0, 1) for ab in zip(a, b))
+        pairs = zip(*(sample_motion_noise(seed, indices, frames) for indices in (starts, ends)))
+        noise = (interpolate(a, b, columns).flatten(0, 1) for a, b in pairs)
         z_motion = motion_codes(generator, *noise).unflatten(0, (rows, columns))
     return render_grid(generator, z_content, z_motion, labels, scale, resample)
 
@@ -210,10 +207,7 @@ def parse(argv=None):
     add("--rows", type=number(int, 1, 100), default=4, help="of --grid and --interpolate")
     add("--columns", type=number(int, 1, 100), default=6, help="of --grid and --interpolate")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    args = parser.parse_args(argv)
-    if args.format == "gif" and args.fps > GIF_FPS:
-        parser.error(f"--fps {args.fps:g}: a GIF plays at most {GIF_FPS}; use --format mp4")
-    return args
+    return parser.parse_args(argv)
 
 
 def requested_videos(args, generator):

@@ -1,24 +1,24 @@
-"""The page of a run, as files and as a browser shows it."""
+"""The page of a run, as a file and as a browser shows it."""
 
 import io
 import os
 import re
-import shutil
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import browser
 import numpy as np
 import pytest
+import small
 import torch
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 import gallery
 import main
+import trainer
 from gallery import Page
-from utils import LossLog
+from logger import Logger
 from video import save_gif, save_mp4
 
 PHONE, DESKTOP = {"width": 375, "height": 740}, {"width": 1280, "height": 900}
@@ -29,7 +29,7 @@ def chromium():
     path = browser.find()
     if not path:
         if os.environ.get("NEED_BROWSER"):
-            pytest.fail("there is no browser; tests/browser.py installs one")
+            pytest.fail("there is no browser; `python tests/browser.py` installs one")
         pytest.skip("there is no Chromium or Chrome here")
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with sync_playwright() as playwright:
@@ -39,15 +39,15 @@ def chromium():
 
 
 class View:
-    """A page that is looked at, and all that went wrong in it."""
+    """A page in a tab, and all that went wrong in it."""
 
     def __init__(self, chromium, path, viewport=DESKTOP, **options):
         self.tab = chromium.new_page(viewport=viewport, **options)
-        self.wrong, self.asked_for = [], set()
-        self.tab.on("console", lambda message: self.wrong.append(message.text))
-        self.tab.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.tab.on("requestfailed", lambda request: self.wrong.append(request.url))
-        self.tab.on("request", lambda request: self.asked_for.add(request.url))
+        self.errors, self.requests = [], set()
+        self.tab.on("console", lambda message: self.errors.append(message.text))
+        self.tab.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.tab.on("requestfailed", lambda request: self.errors.append(request.url))
+        self.tab.on("request", lambda request: self.requests.add(request.url))
         self.tab.goto(path.as_uri())
 
     def text(self, selector):
@@ -63,34 +63,37 @@ class View:
 
 
 @pytest.fixture
-def views(chromium):
-    """Make views; whatever is looked at must have no error, and ask the disk only."""
-    made = []
+def open_page(chromium):
+    """Open pages; each must show no error, and request only the disk."""
+    views = []
 
-    def view(*args, **options):
-        made.append(View(chromium, *args, **options))
-        return made[-1]
+    def opened(*args, **options):
+        views.append(View(chromium, *args, **options))
+        return views[-1]
 
-    yield view
-    for one in made:
-        one.tab.close()
-        assert one.wrong == []
-        assert all(re.match("file:|data:", url) for url in one.asked_for), one.asked_for
+    yield opened
+    for view in views:
+        view.tab.close()
+        assert view.errors == []
+        assert all(re.match("file:|data:", url) for url in view.requests), view.requests
 
 
 @pytest.fixture(scope="module")
-def videos(clips_folder, tmp_path_factory):
-    """The folder that a run of four epochs left, samples at each."""
+def finished_page(clips_folder, tmp_path_factory):
+    """The page of a run of four epochs, sampled at each."""
     folder = tmp_path_factory.mktemp("run")
-    main.main(
-        [f"--data={clips_folder}", f"--models={folder / 'models'}", f"--videos={folder / 'videos'}"]
-        + ["--batch-size=2", "--epochs=4", "--sample-every=1", "--device=cpu", "--precision=fp32"]
-    )
-    return folder / "videos"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("VideoGenerator", "ImageDiscriminator", "VideoDiscriminator"):
+            patch.setattr(trainer, name, small.small(getattr(trainer, name)))
+        main.main(
+            [f"--data={clips_folder}", f"--models={folder}", f"--videos={folder}", "--device=cpu"]
+            + ["--batch-size=2", "--epochs=4", "--sample-every=1", "--precision=fp32"]
+        )
+    return folder / "index.html"
 
 
-def test_a_run_in_a_browser(videos, views):
-    view = views(videos / "index.html")
+def test_page_shows_a_run(finished_page, open_page):
+    view = open_page(finished_page)
     assert view.text("header").startswith("MoCoGAN epoch 4 of 4, done as of ")
     pictures = view.pictures()
     assert all(width > 0 for _, width in pictures)
@@ -99,20 +102,20 @@ def test_a_run_in_a_browser(videos, views):
     assert names == ["epoch-000004.gif", "real.gif", *timeline]
     curves = [src for src, _ in pictures if src.startswith("data:image/svg+xml")]
     assert len(set(curves)) == 2
-    assert "4 after" not in view.text("#large") and "after epoch 4," in view.text("#large")
-    assert "data" in view.text("dl") and "clips" in view.text("dl") and "R_M 660" in view.text("dl")
-    # newest samples large, real clips beside them, as large
+    assert "after epoch 4," in view.text("#large")
+    assert "clips" in view.text("dl") and "R_M 660" in view.text("dl")
+    # the newest samples are large, with the real clips beside them, as large
     large, real = (view.tab.locator(s).bounding_box() for s in ("#large img", "[src='real.gif']"))
     assert large["width"] > 500 and large["width"] == real["width"] and large["y"] == real["y"]
-    # the losses are drawn: both colours of matplotlib are on the screen
+    # the losses are plotted: both colours of matplotlib are on the screen
     shot = view.tab.locator("[src^='data:image/svg']").first.screenshot()
     pixels = np.array(Image.open(io.BytesIO(shot)).convert("RGB")).astype(int)
     for colour in ((31, 119, 180), (255, 127, 14)):
         assert (np.abs(pixels - colour).max(axis=2) < 30).sum() > 20
 
 
-def test_at_the_width_of_a_phone(videos, views):
-    view = views(videos / "index.html", PHONE, is_mobile=True, has_touch=True)
+def test_page_fits_a_phone(finished_page, open_page):
+    view = open_page(finished_page, PHONE, is_mobile=True, has_touch=True)
     assert view.tab.evaluate("document.documentElement.scrollWidth") == 375
     large, real = (view.tab.locator(s).bounding_box() for s in ("#large img", "[src='real.gif']"))
     assert large["width"] > 300 and real["y"] > large["y"] + large["height"]  # one below the other
@@ -126,8 +129,8 @@ def test_at_the_width_of_a_phone(videos, views):
     assert all(width > 0 for _, width in view.pictures())
 
 
-def test_an_earlier_epoch_is_shown_large(videos, views):
-    view = views(videos / "index.html")
+def test_page_enlarges_an_earlier_epoch(finished_page, open_page):
+    view = open_page(finished_page)
 
     def shows(epoch):
         large = view.tab.locator("#large img")
@@ -144,102 +147,90 @@ def test_an_earlier_epoch_is_shown_large(videos, views):
     expect(view.tab.locator("text=Show the newest")).to_be_hidden()
 
 
-class Run:
-    """What a Page asks of a trainer."""
-
-    epoch = 0
-
-
 def make_gif(path, level):
     save_gif(path, np.full((2, 34, 34, 3), level, np.uint8))
 
 
 @pytest.fixture
-def going_on(tmp_path):
-    """The page of a run of 1,000 epochs, at epoch 0, in a folder with a name that needs care."""
+def running(tmp_path):
+    """The page of a run of 1,000 epochs, in a folder with a name that needs care, and its log."""
     folder = tmp_path / "100 % <b>&amp;"
     folder.mkdir()
     for name in ("real", "epoch-000000"):
         make_gif(folder / f"{name}.gif", 99)
-    log = LossLog(tmp_path)
-    yield Page(
-        folder, Run(), 1000, log, {"data": "a <script>alert(1)</script> & b", "\udcff": "odd"}
-    )
-    log.close()
+    facts = {"data": "a <script>alert(1)</script> & b", "\udcff": "no valid text"}
+    with Logger(tmp_path) as log:
+        yield Page(folder, 1000, facts), log
 
 
-def test_it_refreshes_itself_while_the_run_goes_on(going_on, views, monkeypatch):
+def test_page_reloads_while_the_run_goes_on(running, open_page, monkeypatch):
+    page, log = running
+    path = page.folder / "index.html"
     monkeypatch.setattr(gallery, "REFRESH", 1)
-    going_on.write()
-    page = (going_on.folder / "index.html").read_text(encoding="utf-8")
-    assert page.count("http-equiv") == page.count('<noscript><meta http-equiv="refresh"') == 1
-    view = views(going_on.folder / "index.html")
+    page.write(0, log)
+    text = path.read_text(encoding="utf-8")
+    assert text.count("http-equiv") == text.count('<noscript><meta http-equiv="refresh"') == 1
+    view = open_page(path)
     assert view.text("b") == "epoch 0 of 1,000" and "training" in view.text("header")
     assert view.text("dd") == "a <script>alert(1)</script> & b"
-    going_on.trainer.epoch = 500
-    make_gif(going_on.folder / "epoch-000500.gif", 200)
-    make_gif(going_on.folder / "epoch-000750.gif", 200)  # of a later epoch than the run is at
-    going_on.log.add(500, torch.ones(500, 8), 1)
-    going_on.write()
+    make_gif(page.folder / "epoch-000500.gif", 200)
+    make_gif(page.folder / "epoch-000750.gif", 200)  # of a later epoch than the run is at
+    names = [f"loss_{side}_{kind}" for side in "dg" for kind in ("image", "video")]
+    for _ in range(500):
+        log.add(dict.fromkeys(names, torch.tensor(1.0)))
+    log.flush(500)
+    page.write(500, log)
     view.tab.wait_for_selector("text=epoch 500 of 1,000")
     assert [src for src, _ in view.pictures() if src.startswith("epoch")] == [
-        "epoch-000500.gif", "epoch-000000.gif", "epoch-000500.gif",
-    ]  # fmt: skip
-    # a run that ends says how, and the page rests
-    with pytest.raises(RuntimeError), going_on:
-        raise RuntimeError("out of <memory>")
+        "epoch-000500.gif",
+        "epoch-000000.gif",
+        "epoch-000500.gif",
+    ]
+    # a run that ends says how, and the page does not reload any more
+    page.write(500, log, "stopped by RuntimeError: out of <memory>")
     view.tab.wait_for_selector("text=stopped by RuntimeError: out of <memory>")
-    loads = len(view.asked_for)
-    view.tab.evaluate("window.still = true")
+    view.tab.evaluate("window.not_reloaded = true")
     time.sleep(1.5)
-    assert view.tab.evaluate("window.still") and len(view.asked_for) == loads
+    assert view.tab.evaluate("window.not_reloaded")
 
 
-def test_a_run_without_news_may_have_been_cut_off(going_on, views, monkeypatch):
+def test_page_says_that_a_run_may_have_been_cut_off(running, open_page, monkeypatch):
+    page, log = running
     monkeypatch.setattr(gallery, "time", SimpleNamespace(time=lambda: 1e9))  # in 2001
-    going_on.write()
-    view = views(going_on.folder / "index.html")
-    assert re.search(r"no news for \d+ minutes, it may have been cut off", view.text("#age"))
-    with going_on:
-        going_on.trainer.epoch = 400
-    view.tab.goto((going_on.folder / "index.html").as_uri())
+    page.write(0, log)
+    view = open_page(page.folder / "index.html")
+    assert re.search(r"no news for \d+ minutes, the run may have been cut", view.text("#age"))
+    page.write(400, log, "stopped")
+    view.tab.goto((page.folder / "index.html").as_uri())
     assert view.text("header").startswith("MoCoGAN epoch 400 of 1,000, stopped as of ")
     assert "no news" not in view.text("header")
 
 
-def test_pictures_that_are_no_pictures_end_no_run(going_on):
+def test_page_survives_damaged_pictures(running):
+    page, log = running
     for name in ("epoch-000001.gif", "epoch-x.gif", "epoch-99999999.gif", "epoch--3.gif"):
-        (going_on.folder / name).write_bytes(b"")
-    (going_on.folder / "epoch-000002.gif").mkdir()
-    (going_on.folder / "real.gif").unlink()
-    going_on.trainer.epoch = 10
-    going_on.write()
-    page = (going_on.folder / "index.html").read_text(encoding="utf-8")
-    shown = re.findall(r'src="(epoch-[^"]*)"', page)
-    assert shown == [f"epoch-00000{n}.gif" for n in (1, 0, 1)] and "real.gif" in page
+        (page.folder / name).write_bytes(b"")
+    (page.folder / "epoch-000002.gif").mkdir()
+    (page.folder / "real.gif").unlink()
+    page.write(10, log)
+    text = (page.folder / "index.html").read_text(encoding="utf-8")
+    shown = re.findall(r'src="(epoch-[^"]*)"', text)
+    assert shown == [f"epoch-00000{n}.gif" for n in (1, 0, 1)] and "real.gif" in text
 
 
-def test_a_page_whose_folder_is_gone_hides_no_error(going_on):
-    with pytest.raises(RuntimeError, match="the true one"), going_on:
-        shutil.rmtree(going_on.folder)
-        raise RuntimeError("the true one")
-    with pytest.raises(OSError), going_on:
-        pass
+def test_page_needs_no_network(finished_page):
+    text = finished_page.read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", text)
+    assert not re.search(r"fetch\(|XMLHttpRequest|@import|url\(", text)
+    assert finished_page.stat().st_size < 300_000
 
 
-def test_the_page_needs_no_network(videos):
-    page = (videos / "index.html").read_text(encoding="utf-8")
-    assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
-    assert not re.search(r"fetch\(|XMLHttpRequest|@import|url\(", page)
-    assert Path(videos / "index.html").stat().st_size < 300_000
-
-
-def test_an_mp4_plays_in_a_browser(tmp_path, views):
+def test_mp4_plays_in_a_browser(tmp_path, open_page):
     clip = np.zeros((50, 96, 96, 3), np.uint8)
     clip[25:] = (200, 0, 0)
     save_mp4(tmp_path / "a.mp4", iter(clip), fps=25)
     (tmp_path / "a.html").write_text('<link rel="icon" href="data:,"><video muted src="a.mp4">')
-    view = views(tmp_path / "a.html")
+    view = open_page(tmp_path / "a.html")
     can = """document.createElement('video').canPlayType('video/mp4; codecs="avc1.64001E"')"""
     if not view.tab.evaluate(can):
         pytest.skip("this browser has no H.264")

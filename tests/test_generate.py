@@ -286,7 +286,7 @@ def bad(model, tmp_path_factory):
         ("--frames=1.5", "'1.5' is not a whole number from 1"),
         ("--seed=-1", "'-1' is not a whole number from 0"),
         ("--fps=nan", "'nan' is not a number from 0.1 to 240"),
-        ("--fps=60", "a GIF plays at most 50; use --format mp4"),
+        ("--fps=60", "a GIF plays at most 50 frames per second: use mp4 for 60"),
         ("--format=avi", "invalid choice: 'avi'"),
         ("--out=", "'' names no folder"),
         ("--device=tpu9", "there is no such device here"),

@@ -21,10 +21,10 @@ ADDRESS = "https://github.com/OWNER/mocogan"
 
 
 def published(folder):
-    """A Git repository of the project as it stands, changes that are not committed included."""
+    """A Git repository of the project as it is, with changes that are not committed."""
     folder.mkdir()
     for path in ROOT.iterdir():
-        if path.suffix in (".py", ".txt"):
+        if path.suffix in (".py", ".html", ".txt"):
             shutil.copy(path, folder)
     git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b"]
     for step in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
@@ -91,14 +91,14 @@ def outputs(executed, cell):
     """What the cell with that id printed, on both streams, and the data that it shows."""
     notebook, _ = executed
     (found,) = (one for one in notebook.cells if one.id == cell)
-    said = {"stdout": "", "stderr": ""}
+    printed = {"stdout": "", "stderr": ""}
     shown = []
     for output in found.outputs:
         if output.output_type == "stream":
-            said[output.name] += output.text
+            printed[output.name] += output.text
         elif output.output_type in ("display_data", "execute_result"):
             shown.append(output.data)
-    return said, shown
+    return printed, shown
 
 
 def images(shown, kind):
@@ -115,39 +115,43 @@ def gifs(shown):
         yield np.stack([np.array(f.convert("RGB")) for f in ImageSequence.Iterator(gif)])
 
 
-def test_every_cell_ran(executed):
+def test_notebook_runs_every_cell(executed):
     notebook, folder = executed
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(cells) >= 9 and all(cell.execution_count for cell in cells)
     for cell in cells:
-        said, _ = outputs(executed, cell.id)
-        assert "Traceback" not in said["stdout"] + said["stderr"]
+        printed, _ = outputs(executed, cell.id)
+        assert "Traceback" not in printed["stdout"] + printed["stderr"]
         if cell.id != "clips":
-            assert said["stderr"] == "", cell.id  # Jupyter shows that in red
+            assert printed["stderr"] == "", cell.id  # Jupyter shows that in red
     assert (folder / "content" / "mocogan" / ".git").is_dir()  # cloned
     assert (folder / "MyDrive" / "mocogan" / "trained_models" / "checkpoint.pt").exists()
 
 
 def test_without_a_network_people_are_drawn(executed):
-    said, _ = outputs(executed, "clips")
-    (line,) = said["stderr"].splitlines()
+    printed, _ = outputs(executed, "clips")
+    (line,) = printed["stderr"].splitlines()
     assert line.startswith("resize.py: error: cannot download ") and "bend.zip" in line
-    assert "drawing people instead" in said["stdout"]
+    assert "drawing people instead" in printed["stdout"]
     record = (executed[1] / "content/mocogan/resized_data/clips.jsonl").read_text().splitlines()
     assert len(record) > 80 and all(json.loads(line) for line in record)
 
 
 @pytest.mark.parametrize("cell, done", [("train", 2), ("resume", 3)])
-def test_one_tidy_bar(executed, cell, done):
+def test_notebook_leaves_one_progress_bar(executed, cell, done):
     """What is left on the screen where each line begins anew after a carriage return."""
-    said, _ = outputs(executed, cell)
-    lines = [line.split("\r")[-1] for line in said["stdout"].split("\n")]
+    printed, _ = outputs(executed, cell)
+    lines = [line.split("\r")[-1] for line in printed["stdout"].split("\n")]
     bars = [line for line in lines if re.search(r"\d+/\d+ \|", line)]
-    assert len(bars) == 1 and bars[0].startswith(f"{done}/{done} |") and "ms/epoch" in bars[0]
+    assert (
+        len(bars) == 1
+        and bars[0].startswith(f"{done}/{done} |")
+        and re.search("D: image .* G: image", bars[0])
+    )
     assert any(line.startswith("done: ") for line in lines)
 
 
-def test_gifs_are_shown_inline(executed):
+def test_notebook_shows_gifs_inline(executed):
     for cell, epoch in (("samples", 2), ("resume", 3)):
         _, shown = outputs(executed, cell)
         samples, real = gifs(shown)
@@ -155,14 +159,14 @@ def test_gifs_are_shown_inline(executed):
         assert f"epoch-{epoch:06d}.gif" in shown[0]["text/html"] and real.std() > 20
         (losses,) = images(shown, "png")
         assert Image.open(io.BytesIO(losses)).size == (1000, 400)
-    for cell, shape in (("grid", (16, 408, 602, 3)), ("walk", (16, 214, 602, 3))):
+    for cell, shape in (("grid", (16, 408, 602, 3)), ("interpolation", (16, 214, 602, 3))):
         (sheet,) = gifs(outputs(executed, cell)[1])
         assert sheet.shape == shape
     _, shown = outputs(executed, "long")
     assert any("data:video/mp4;base64," in data.get("text/html", "") for data in shown)
 
 
-def test_the_notebook_is_clean():
+def test_notebook_is_committed_without_outputs():
     """It is committed without outputs, and the README's badge has the address that it clones."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
