@@ -4,7 +4,6 @@ A folder holds checkpoint.pt, the newest; checkpoint-previous.pt; and, with --ke
 checkpoint-005000.pt and so on. Each is a file of torch.save.
 """
 
-import re
 import shutil
 import zipfile
 
@@ -80,10 +79,7 @@ class Checkpoints:
 
     def numbered(self):
         """The paths of the numbered checkpoints, sorted by their epochs."""
-        paths = [path for path in self.folder.glob("checkpoint-*.pt") if path.is_file()]
-        names = re.compile(r"checkpoint-\d{6,}\.pt")
-        paths = [path for path in paths if names.fullmatch(path.name)]
-        return sorted(paths, key=lambda path: int(path.stem.removeprefix("checkpoint-")))
+        return sorted(self.folder.glob("checkpoint-" + 6 * "[0-9]" + ".pt"))
 
     def existing(self):
         """The paths of all checkpoints: first what cannot be read, then the highest epoch."""
@@ -128,8 +124,4 @@ class Checkpoints:
 
     def status(self):
         """What of the run is safe, in words."""
-        if self.last and self.last[0].is_file():
-            return f"{self.last[0]} of epoch {self.last[1]} is safe"
-        if self.existing():
-            return f"the checkpoints in {self.folder} are untouched"
-        return f"there is no checkpoint in {self.folder}"
+        return "{} of epoch {} is safe".format(*self.last) if self.last else "nothing was saved"

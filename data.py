@@ -92,7 +92,7 @@ class ClipDataset:
             clip = load_array(self.paths[i])
             if clip.dtype != np.uint8 or clip.shape != (self.lengths[i], self.size, self.size, 3):
                 raise ValueError(f"it is {clip.dtype} {clip.shape} now")
-        except (ValueError, FileNotFoundError) as reason:
+        except ValueError as reason:
             raise TrainingError(f"{self.paths[i]} has changed: {reason}") from None
         return clip
 
@@ -154,8 +154,6 @@ def load_array(path):
     """Memory-map a .npy file. Raises ValueError if it holds no plain array."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise
     except Exception as error:  # NumPy raises a dozen kinds for a damaged header
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"cannot be read ({reason})") from None

@@ -5,9 +5,8 @@ goes on. Its template is gallery.html.
 """
 
 import base64
-import contextlib
 import html
-import struct
+import io
 import time
 from pathlib import Path
 from string import Template
@@ -47,11 +46,8 @@ class Page:
             else "",
             newest_epoch=f"{newest:,}" if samples else "",
             real=image_tag(self.folder / "real.gif", "16 real videos"),
-            curves="".join(
-                f'<img src="data:image/svg+xml;base64,{base64.b64encode(log.svg(kind)).decode()}" '
-                f'alt="{kind} losses of the discriminator and the generator">'
-                for kind in ("image", "video")
-            ),
+            curves=svg_tag(log.figure("image"), "image losses")
+            + svg_tag(log.figure("video"), "video losses"),
             timeline="\n".join(
                 f'<li><a href="{path.name}" data-epoch="{e}" data-name="{e:,}">'
                 f"{image_tag(path, f'16 generated videos, epoch {e}', lazy=True)}{e:,}</a></li>"
@@ -77,8 +73,13 @@ class Page:
 
 
 def image_tag(path, text, lazy=False):
-    """An img element for a GIF, with its size, so that the page does not jump while it loads."""
-    size = ""
-    with contextlib.suppress(OSError, struct.error), open(path, "rb") as file:
-        size = 'width="{}" height="{}"'.format(*struct.unpack("6x2H", file.read(10)))
-    return f'<img src="{path.name}" alt="{text}" {size} loading="{"lazy" if lazy else "eager"}">'
+    """An img element for a GIF."""
+    return f'<img src="{path.name}" alt="{text}" loading="{"lazy" if lazy else "eager"}">'
+
+
+def svg_tag(figure, text):
+    """An img element that holds a matplotlib Figure."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img src="data:image/svg+xml;base64,{data}" alt="{text}">'

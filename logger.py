@@ -1,6 +1,5 @@
 """The metrics of a run, by name: losses.csv, losses.png and TensorBoard events."""
 
-import io
 import time
 
 import numpy as np
@@ -81,37 +80,30 @@ class Logger:
 
     def plot(self):
         """Plot losses.png: the losses on images and on videos, side by side."""
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        for axes, kind in zip(figure.subplots(1, 2), ("image", "video")):
-            self._plot_losses(axes, kind)
         with atomic_write(self.png) as file:
-            figure.savefig(file, format="png", dpi=100)
+            self.figure("image", "video").savefig(file, format="png", dpi=100)
 
-    def svg(self, kind):
-        """The plot of the losses on `kind`, "image" or "video", as SVG: bytes."""
-        figure = Figure(figsize=(4.5, 3), layout="constrained")
-        self._plot_losses(figure.subplots(), kind)
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-        return file.getvalue()
+    def figure(self, *kinds):
+        """A plot of the losses on each of `kinds`, "image" or "video": a matplotlib Figure.
 
-    def _plot_losses(self, axes, kind):
-        """Plot each epoch faintly, and the running mean; at most some 1,000 points of each."""
+        Each epoch is faint, the running mean strong; at most some 1,000 points of each.
+        """
+        figure = Figure(figsize=(5 * len(kinds), 4), layout="constrained")
         step = max(1, len(self.rows) // 1000)
         width = max(1, min(10, len(self.rows) // 5), len(self.rows) // 50)
-        for name in (f"loss_d_{kind}", f"loss_g_{kind}"):
-            if not self.rows:
-                continue
-            column = self.names.index(name)
-            values = np.array([row[column] for row in self.rows])
-            epochs = np.arange(1, len(values) + 1)
-            mean = np.convolve(values, np.ones(width) / width, mode="valid")
-            (line,) = axes.plot(epochs[width - 1 :: step], mean[::step], label=name)
-            axes.plot(epochs[::step], values[::step], color=line.get_color(), alpha=0.25, lw=0.5)
-            axes.legend()
-        axes.set(xlabel="epoch", ylabel="binary cross-entropy", title=f"{kind} losses")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
+        for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+            for name in (f"loss_d_{kind}", f"loss_g_{kind}") if self.rows else ():
+                column = self.names.index(name)
+                values = np.array([row[column] for row in self.rows])
+                epochs = np.arange(1, len(values) + 1)
+                mean = np.convolve(values, np.ones(width) / width, mode="valid")
+                (line,) = axes.plot(epochs[width - 1 :: step], mean[::step], label=name)
+                axes.plot(epochs[::step], values[::step], lw=0.5, alpha=0.25, c=line.get_color())
+                axes.legend()
+            axes.set(xlabel="epoch", ylabel="binary cross-entropy", title=f"{kind} losses")
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+        return figure
 
     def __enter__(self):
         return self

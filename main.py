@@ -10,88 +10,52 @@ generate.py makes videos with what was trained.
 
 import contextlib
 import math
-import re
 import shlex
 import sys
+from pathlib import Path
 
 import torch
 
 import checkpoint
+import utils
 from checkpoint import Checkpoints
 from data import ClipDataset
 from gallery import Page
 from logger import Logger
 from trainer import Trainer, train
-from utils import (
-    IN_IPYTHON,
-    Parser,
-    TrainingError,
-    UserError,
-    archive_run,
-    exit_with,
-    folder,
-    graceful_stop,
-    is_out_of_memory,
-    lock_folders,
-    number,
-    one_line_errors,
-    os_error_message,
-    pick_device,
-    pick_precision,
-    set_up_device,
-)
+from utils import Parser, TrainingError, UserError, number
 from video import save_gif, video_grid
 
 UNRECORDED = ("pre_train", "data", "models", "videos", "seed")  # flags that are no settings
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="main.py", description="Train MoCoGAN on the clips that resize.py made.")
-    add = parser.add_argument
-    count = number(int, 1)
+    parser = Parser(prog="main.py", description="Train MoCoGAN on the clips of resize.py.")
+    add, pretrained = parser.add_argument, "set 1 when you use pre-trained models: resume"
     add("--batch-size", type=number(int, 1, 10**6), default=16, help="set batch_size")
     add("--epochs", type=number(int, 1, 10**9), default=40_000, help="set num of iterations")
-    add(
-        "--pre-train",
-        type=number(int, -1, 1),
-        default=-1,
-        help="set 1 when you use pre-trained models: resume from the checkpoint in --models",
-    )
+    add("--pre-train", type=number(int, -1, 1), default=-1, help=pretrained)
     add("--frames", type=number(int, 16), default=16, help="T, the frames of a window")
     add("--lr", type=number(float, 1e-12, 1), default=2e-4, help="learning rate of Adam")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="of the convolutions; auto: bf16 where the hardware has it, else fp32",
-    )
-    add("--data", type=folder, default="resized_data", help="folder of clips, from resize.py")
-    add("--models", type=folder, default="trained_models", help="folder for checkpoint and losses")
-    add("--videos", type=folder, default="generated_videos", help="folder for the sample GIFs")
-    add("--sample-every", type=count, default=1000, help="epochs between sample GIFs")
-    add("--checkpoint-every", type=count, default=5000, help="epochs between checkpoints")
-    add(
-        "--checkpoint-minutes",
-        type=number(float, 0),
-        default=10.0,
-        help="minutes after which a checkpoint is due anyway",
-    )
-    add("--keep", type=number(int, 0), default=0, help="how many numbered checkpoints to keep too")
-    add(
-        "--deterministic",
-        action="store_true",
-        help="on a GPU, give the same bits every time, more slowly; the CPU always does",
-    )
+    add("--precision", choices=utils.PRECISIONS, default="auto", help="auto: bf16 if native")
+    add("--data", type=Path, default="resized_data", help="folder of clips, from resize.py")
+    add("--models", type=Path, default="trained_models", help="folder for checkpoint and losses")
+    add("--videos", type=Path, default="generated_videos", help="folder for the sample GIFs")
+    add("--sample-every", type=number(int, 1), default=1000, help="epochs between sample GIFs")
+    add("--checkpoint-every", type=number(int, 1), default=5000, help="epochs between checkpoints")
+    add("--checkpoint-minutes", type=number(float, 0), default=10.0, help="at most, between them")
+    add("--keep", type=number(int, 0), default=0, help="how many numbered checkpoints to keep")
+    add("--deterministic", action="store_true", help="same bits on a GPU; the CPU always does")
     return parser.parse_args(argv)
 
 
 def run(args, resume_command):
     """Train as `args` say. resume_command: what resumes the run, for messages."""
-    device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
-    set_up_device(device, args.deterministic)
+    device = utils.pick_device(args.device)
+    precision = utils.pick_precision(args.precision, device)
+    utils.set_up_device(device, args.deterministic)
     checkpoints = Checkpoints(args.models, args.keep)
     if args.pre_train == 1 and not checkpoints.existing():
         raise UserError(
@@ -103,9 +67,9 @@ def run(args, resume_command):
         print(f"skipped {line}")
 
     with (
-        lock_folders(args.models, args.videos),
+        utils.lock_folders(args.models, args.videos),
         one_line_failures(checkpoints, resume_command),
-        graceful_stop(announce_stop) as stop,
+        utils.graceful_stop(announce_stop) as stop,
     ):
         trainer = Trainer(clips, args.batch_size, args.lr, args.seed, device, precision)
         info = {"settings": settings(args, clips, device, precision), "data": clips.fingerprint()}
@@ -119,7 +83,7 @@ def run(args, resume_command):
                 print(f"nothing to do: it is at epoch {trainer.epoch}; raise --epochs to continue")
                 return
         else:
-            for path in archive_run(args.models, args.videos):
+            for path in utils.archive_run(args.models, args.videos):
                 print(f"moved an older run to {path}")
 
         facts = describe(args, trainer, precision)
@@ -144,7 +108,7 @@ def run(args, resume_command):
         print(f"done: {args.videos / f'epoch-{trainer.epoch:06d}.gif'}, {checkpoints.newest}")
     else:
         saved = f"stopped after epoch {trainer.epoch}, saved to {checkpoints.newest}"
-        exit_with(128 + stop[0], f"{saved}; to resume:\n{resume_command}")
+        utils.exit_with(128 + stop[0], f"{saved}; to resume:\n{resume_command}")
 
 
 def settings(args, clips, device, precision):
@@ -174,7 +138,7 @@ def resume(trainer, checkpoints, info):
     try:
         old, new = state["settings"], info["settings"]
         changes = {
-            name: f"{setting_name(name)} was {old.get(name)}, is {value} now"
+            name: f"{name} was {old.get(name)}, is {value} now"
             for name, value in new.items()
             if old.get(name) != value
         }
@@ -197,11 +161,6 @@ def resume(trainer, checkpoints, info):
         return {"names": list(state["history"]["names"]), "rows": state["history"]["rows"]}
     except (AttributeError, LookupError, TypeError, ValueError) as reason:
         raise UserError(f"{path}: not a checkpoint that main.py can resume ({reason})") from reason
-
-
-def setting_name(name):
-    """A setting's flag, or its name where it has none."""
-    return name if name in ("size", "gpu", "threads", "torch") else f"--{name.replace('_', '-')}"
 
 
 def describe(args, trainer, precision):
@@ -247,12 +206,10 @@ def one_line_failures(checkpoints, resume_command):
     except (TrainingError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, TrainingError):
             message = str(error)
-        elif is_out_of_memory(error):
-            found = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
-            wanted = f" for {found[1]}" if found else ""
-            message = f"not enough memory{wanted}: take a smaller --batch-size"
+        elif utils.is_out_of_memory(error):
+            message = "not enough memory: take a smaller --batch-size"
         elif isinstance(error, OSError):
-            message = os_error_message(error)
+            message = utils.os_error_message(error)
         else:
             raise
         raise TrainingError(f"{message}; {status(' after that')}") from error
@@ -261,11 +218,11 @@ def one_line_failures(checkpoints, resume_command):
 def main(argv=None):
     args = parse_args(argv)
     command = ["python", "main.py", *argv] if argv is not None else sys.orig_argv
-    if IN_IPYTHON:
+    if utils.IN_IPYTHON:
         command = ["%run", *sys.argv]
     if args.pre_train != 1:
         command = [*command, "--pre-train", "1"]
-    with one_line_errors("main.py"):
+    with utils.one_line_errors("main.py"):
         run(args, shlex.join(command))
 
 

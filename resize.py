@@ -23,7 +23,6 @@ from utils import (
     Parser,
     UserError,
     files_below,
-    folder,
     lock_folders,
     number,
     one_line_errors,
@@ -179,8 +178,8 @@ def download(raw, url=URL):
 def main(argv=None):
     parser = Parser(prog="resize.py", description="Turn video clips into arrays for main.py.")
     add = parser.add_argument
-    add("--raw", type=folder, default="raw_data", help="folder of videos, a subfolder an action")
-    add("--out", type=folder, default="resized_data", help="folder for the arrays")
+    add("--raw", type=Path, default="raw_data", help="folder of videos, a subfolder an action")
+    add("--out", type=Path, default="resized_data", help="folder for the arrays")
     add("--size", type=int, choices=range(32, 257, 16), default=96, metavar="SIZE",
         help="side of a frame: a multiple of 16, 32 to 256")  # fmt: skip
     add("--every", type=number(int, 1), default=1, help="keep every Nth frame")

@@ -61,14 +61,12 @@ class Trainer:
         self.discriminators = torch.nn.ModuleList(
             [self.image_discriminator, self.video_discriminator]
         )
-        for network, layout in (
-            (self.generator, torch.channels_last),
-            (self.image_discriminator, torch.channels_last),
-            (self.video_discriminator, torch.channels_last_3d),
-        ):
-            network.to(self.device)
-            if self.device.type != "mps":  # where Conv3d was wrong in this layout: pytorch#141471
-                network.to(memory_format=layout)
+        self.generator.to(self.device)
+        self.discriminators.to(self.device)
+        if self.device.type != "mps":  # where Conv3d was wrong in this layout: pytorch#141471
+            self.generator.to(memory_format=torch.channels_last)
+            self.image_discriminator.to(memory_format=torch.channels_last)
+            self.video_discriminator.to(memory_format=torch.channels_last_3d)
         options = {"lr": lr, "betas": BETAS, "fused": True}
         self.optimizer_d = torch.optim.Adam(self.discriminators.parameters(), **options)
         self.optimizer_g = torch.optim.Adam(self.generator.parameters(), **options)
@@ -88,8 +86,6 @@ class Trainer:
             "D_I": self.image_discriminator,
             "D_V": self.video_discriminator,
         }
-
-    # ------------------------------------------------------------ one epoch
 
     def sample_batch(self):
         """Sample all that is random in one epoch: what `update` takes.
@@ -194,8 +190,6 @@ class Trainer:
         batch = self.clips.sample(NUM_SAMPLES, torch.Generator().manual_seed(self.seed))
         return batch.windows.permute(0, 2, 3, 4, 1).cpu()
 
-    # ------------------------------------------------------------ checkpoints
-
     def state(self):
         """All that resuming needs, plain values and tensors. Raises TrainingError if not finite."""
         state = {
@@ -207,10 +201,11 @@ class Trainer:
             "rng": self.rng.get_state(),
             "fixed_noise": self.fixed_noise,
         }
-        moments = (state[name]["state"].values() for name in ("optimizer_d", "optimizer_g"))
-        for tensors in (*state["networks"].values(), *(m for each in moments for m in each)):
-            if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                raise TrainingError(f"epoch {self.epoch}: weights or moments are {NOT_FINITE}")
+        tensors = [t for net in state["networks"].values() for t in net.values()]
+        for optimizer in (state["optimizer_d"], state["optimizer_g"]):
+            tensors += [t for moments in optimizer["state"].values() for t in moments.values()]
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise TrainingError(f"epoch {self.epoch}: weights or moments are {NOT_FINITE}")
         return state
 
     def generator_state(self):
@@ -242,9 +237,6 @@ class Trainer:
             if is_out_of_memory(error):
                 raise
             raise ValueError(" ".join(str(error).split())) from error
-
-
-# ---------------------------------------------------------------- the loop
 
 
 def check_finite(rows):
@@ -319,8 +311,5 @@ def train(trainer, args, log, page, checkpoints, info, stop):
 
 def progress_line(row):
     """The losses of an epoch, for the progress bar."""
-    d, g = (
-        f"image {row[f'loss_{side}_image']:.2f} video {row[f'loss_{side}_video']:.2f}"
-        for side in "dg"
-    )
-    return f"D: {d} | G: {g}"
+    d, g = ((row[f"loss_{side}_image"], row[f"loss_{side}_video"]) for side in "dg")
+    return "D: image {:.2f} video {:.2f} | G: image {:.2f} video {:.2f}".format(*d, *g)

@@ -15,19 +15,11 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+PRECISIONS = ("auto", "fp32", "bf16")
 IN_IPYTHON = hasattr(builtins, "__IPYTHON__")  # Jupyter and Colab included
-RUN_FILES = (  # what a training run writes into its folders
-    "checkpoint.pt",
-    "checkpoint-previous.pt",
-    "checkpoint-[0-9]*[0-9].pt",
-    "generator.pt",
-    "losses.csv",
-    "losses.png",
-    "events.out.tfevents.*",
-    "real.gif",
-    "epoch-*.gif",
-    "index.html",
-)
+# What a training run writes into its two folders.
+RUN_FILES = ("checkpoint*.pt", "generator.pt", "losses.*", "events.out.tfevents.*")
+RUN_FILES += ("real.gif", "epoch-*.gif", "index.html")
 
 
 # ---------------------------------------------------------------- errors
@@ -128,15 +120,6 @@ def number(kind, low, high=float("inf")):
     return parse
 
 
-def folder(text):
-    """An argparse type: the path of a folder, which need not exist."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"{text!r} names no folder")
-    if Path(text).exists() and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is not a folder")
-    return Path(text)
-
-
 def progress_bar(*iterable, **options):
     """A tqdm bar on stderr; in a notebook, where stderr is shown in red, on stdout."""
     stream = sys.stdout if IN_IPYTHON else sys.stderr
@@ -148,8 +131,7 @@ def graceful_stop(announce):
     """Catch SIGINT, SIGTERM and SIGHUP; yield the list of those that came.
 
     `announce` is called at each. A second Ctrl-C raises KeyboardInterrupt. After SIGHUP, when the
-    terminal is gone, output is discarded. Signals that are ignored (nohup) stay ignored, and
-    outside the main thread, where Python allows no handlers, nothing is caught.
+    terminal is gone, output is discarded. Signals that are ignored (nohup) stay ignored.
     """
     received = []
 
@@ -157,18 +139,16 @@ def graceful_stop(announce):
         if number == signal.SIGINT and received:
             raise KeyboardInterrupt
         received.append(number)
-        if number != signal.SIGINT and number != signal.SIGTERM:
+        if number == hangup:
             discard_output()
         with contextlib.suppress(RuntimeError, OSError):  # it interrupted another print
             announce()
 
-    previous = {}
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    numbers = {signal.SIGINT, signal.SIGTERM, hangup} - {None}
+    caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler) for number in caught}
     try:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
-                with contextlib.suppress(ValueError):
-                    previous[number] = signal.signal(number, handler)
         yield received
     finally:
         for number, old in previous.items():
@@ -265,23 +245,16 @@ def atomic_write(path, previous=None):
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(part, path)
-        fsync_folder(path.parent)
+        with contextlib.suppress(OSError):  # not on Windows, nor on some network file systems
+            parent = os.open(path.parent, os.O_RDONLY)
+            os.fsync(parent)  # so that the rename outlives a power cut
+            os.close(parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(part)):
             error.filename = str(path)
         raise
-
-
-def fsync_folder(folder):
-    """Write the names in `folder` to the disk, so that a rename outlives a power cut."""
-    with contextlib.suppress(OSError):  # not on Windows, nor on some network file systems
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
-"""main.py with networks a sixteenth as wide, for tests that train many times over.
+"""main.py with networks a sixteenth as wide, for tests that train many times.
 
-    python tests/small.py --data ...        # as main.py
+    python tests/small.py --data ...        # like main.py
 
-Everything but the number of channels is the product's own code.
+All else is the product's own code. The functions at the end are for a process that a test forked.
 """
 
 import copy
@@ -17,7 +17,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.utils.tensorboard  # so that it, too, is there before a fork
+import torch._inductor  # so that it, too, is imported before a fork
+import torch.utils.tensorboard
 
 import main
 import models
@@ -28,8 +29,8 @@ def narrow(channels):
     return channels // 16 if channels >= 64 and channels % 16 == 0 else channels
 
 
-def shrunk(layer):
-    """`layer` with fewer channels; those of points, frames and answers stay."""
+def narrow_layer(layer):
+    """`layer` with fewer channels; the dimensions of codes, RGB and log-odds stay."""
     if isinstance(layer, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)):
         channels = narrow(layer.in_channels), narrow(layer.out_channels)
         return type(layer)(*channels, layer.kernel_size, layer.stride, layer.padding, bias=False)
@@ -45,54 +46,61 @@ def small(network):
         def __init__(self, *args):
             super().__init__(*args)
             holder = getattr(self, "image_generator", self)
-            holder.main = nn.Sequential(*map(shrunk, holder.main))
+            holder.main = nn.Sequential(*map(narrow_layer, holder.main))
             if hasattr(self, "linear"):
                 self.linear = nn.Linear(self.linear.in_features // 16, 1)
 
     return Small
 
 
-def make_small():
+def make_small(set_attribute=setattr):
     """Make the networks of this process small."""
-    torch.set_num_threads(1)  # two that wait for each other are slower, at this size
     for name in ("VideoGenerator", "ImageDiscriminator", "VideoDiscriminator"):
-        setattr(trainer, name, small(getattr(models, name)))
-
-
-def make_slow():
-    """Have an epoch take a fifth of a second."""
-    update = trainer.Trainer.update
-
-    def slow(*args):
-        time.sleep(0.2)
-        return update(*args)
-
-    trainer.Trainer.update = slow
+        set_attribute(trainer, name, small(getattr(models, name)))
 
 
 def heed_signals():
-    """As a process in a terminal does; tests may be started where they are ignored (nohup, &)."""
+    """Undo nohup or a shell's `&`: tests may be started where signals are ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
-def process(args, said, prepare=None):
-    """What a forked process does: train as `args` say; what it prints goes to the file `said`.
+def at_epoch(epoch, action, *args):
+    """Have this process call `action` just before the update of `epoch`."""
+    update = trainer.Trainer.update
 
-    prepare: called with nothing before.
-    """
-    with open(said, "w") as file:
+    def patched(self, *batch):
+        if self.epoch + 1 == epoch:
+            action(*args)
+        return update(self, *batch)
+
+    trainer.Trainer.update = patched
+
+
+def wait(folder):
+    """Create `folder`/waiting, and wait until `folder`/released exists; five minutes at most."""
+    (folder / "waiting").touch()
+    end = time.monotonic() + 300
+    while not (folder / "released").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def process(args, output, prepare=None):
+    """Train like `main.py args`, with all output in the file `output`; first call `prepare`."""
+    with open(output, "w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
     heed_signals()
+    torch.set_num_threads(1)  # at this size, two that wait for each other are slower
     make_small()
     if prepare:
         prepare()
-    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
     main.main([str(arg) for arg in args])
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     make_small()
     main.main()

@@ -91,6 +91,7 @@ def test_samples_are_standard_normal_and_differ_by_seed_and_index():
     assert abs(both.mean()) < 0.02 and abs(both.std() - 1) < 0.02
     assert both.unique().numel() > 0.99 * both.numel()
     assert torch.equal(e[7:8, :9], sample_motion_noise(3, [7], 9)[0])
+    assert torch.isin(sample_motion_noise(4, [7], 99)[0], e).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("frames", [1, 16, 2 * BLOCK + 9])
@@ -112,9 +113,12 @@ def test_video_is_the_output_of_the_networks(model, frames):
 def watch(path):
     """A generator, and a list that its G_I adds every input (n, 60) to."""
     generator, inputs = load_generator(path), []
-    generator.image_generator.register_forward_pre_hook(
-        lambda _, args: inputs.append(args[0].flatten(1))
-    )
+
+    def hook(_, args):
+        assert not torch.is_grad_enabled()
+        inputs.append(args[0].flatten(1))
+
+    generator.image_generator.register_forward_pre_hook(hook)
     return generator, inputs
 
 

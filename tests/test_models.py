@@ -70,7 +70,7 @@ Total params: 11,042,561
         (VideoDiscriminator, (3, 16, 96, 96), VIDEO_DISCRIMINATOR),
     ],
 )
-def test_layer_tables(network, shape, table):
+def test_networks_match_the_published_layer_tables(network, shape, table):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         summary(network(), shape, device="cpu")
@@ -81,21 +81,21 @@ def test_layer_tables(network, shape, table):
 
 
 @pytest.mark.parametrize("size, frames", [(32, 16), (64, 16), (96, 32), (112, 17), (256, 16)])
-def test_networks_follow_the_size_of_the_data(size, frames):
-    with torch.no_grad():
+def test_networks_follow_size_and_window_length(size, frames):
+    with torch.device("meta"):  # shapes only
         assert ImageGenerator(size)(torch.randn(2, 60, 1, 1)).shape == (2, 3, size, size)
         assert ImageDiscriminator(size)(torch.randn(2, 3, size, size)).shape == (2,)
         window = torch.randn(1, 3, frames, size, size)
         assert VideoDiscriminator(size, frames)(window).shape == (1,)
 
 
-@pytest.mark.parametrize("network, shape", [(ImageDiscriminator, (5, 3, 32, 32)),
-                                            (VideoDiscriminator, (5, 3, 16, 32, 32))])  # fmt: skip
-def test_discriminators_give_one_probability_an_item(network, shape):
-    network, x = network(32), torch.randn(shape)
-    probability = network(x)
-    assert probability.shape == (5,)
-    torch.testing.assert_close(probability, 1 / (1 + torch.exp(-network.logits(x).flatten())))
+def test_discriminators_return_one_probability_an_item():
+    shapes = {ImageDiscriminator: (5, 3, 32, 32), VideoDiscriminator: (5, 3, 16, 32, 32)}
+    for kind, shape in shapes.items():
+        network, x = kind(32), torch.randn(shape)
+        probability = network(x)
+        assert probability.shape == (5,)
+        torch.testing.assert_close(probability, 1 / (1 + torch.exp(-network.logits(x).flatten())))
 
 
 def test_motion_rnn_is_a_gru_whose_state_is_the_code():
@@ -103,43 +103,44 @@ def test_motion_rnn_is_a_gru_whose_state_is_the_code():
     e, state = torch.randn(3, 7, 10), torch.randn(3, 10)
     z_motion = rnn(e, state)
     weights = dict(rnn.gru.named_parameters())
-    for k in range(7):  # the equations of a GRU
-        of_e = e[:, k] @ weights["weight_ih_l0"].T + weights["bias_ih_l0"]
-        of_state = state @ weights["weight_hh_l0"].T + weights["bias_hh_l0"]
-        reset = torch.sigmoid(of_e[:, :10] + of_state[:, :10])
-        keep = torch.sigmoid(of_e[:, 10:20] + of_state[:, 10:20])
-        new = torch.tanh(of_e[:, 20:] + reset * of_state[:, 20:])
+    for k in range(7):  # the equations of a GRU (Cho et al., 2014, as in PyTorch)
+        from_e = e[:, k] @ weights["weight_ih_l0"].T + weights["bias_ih_l0"]
+        from_state = state @ weights["weight_hh_l0"].T + weights["bias_hh_l0"]
+        reset = torch.sigmoid(from_e[:, :10] + from_state[:, :10])
+        keep = torch.sigmoid(from_e[:, 10:20] + from_state[:, 10:20])
+        new = torch.tanh(from_e[:, 20:] + reset * from_state[:, 20:])
         state = keep * state + (1 - keep) * new
         torch.testing.assert_close(z_motion[:, k], state)
 
 
-def test_path_holds_the_content_and_moves_with_fresh_noise():
+def test_path_holds_the_content_and_each_noise_acts_from_its_frame_on():
     generator = VideoGenerator(32)
-    z_content, e, h0 = generator.draw_noise(4, 20, torch.Generator().manual_seed(0))
+    z_content, e, h0 = generator.sample_noise(4, 20, torch.Generator().manual_seed(0))
     assert z_content.shape == (4, 50) and e.shape == (4, 20, 10) and h0.shape == (4, 10)
     path = generator.path(z_content, e, h0)
     assert path.shape == (4, 20, 60)
     assert (path[:, :, :50] == z_content[:, None]).all()
     other = e.clone()
-    other[:, 12] += 1  # another e(13): the codes before it stay, it and those after it change
+    other[:, 12] += 1  # another e(13): the codes before it stay, the others change
     changed = (generator.path(z_content, other, h0) != path)[:, :, 50:].any(dim=2)
     assert not changed[:, :12].any() and changed[:, 12:].all()
 
 
-def test_noise_is_standard_normal():
-    draws = VideoGenerator(32).draw_noise(100, 100, torch.Generator().manual_seed(0))
-    for draw in draws:
-        assert abs(draw.mean()) < 5 / draw.numel() ** 0.5
-        assert abs(draw.std() - 1) < 5 / draw.numel() ** 0.5
+def test_sample_noise_is_standard_normal():
+    samples = VideoGenerator(32).sample_noise(100, 100, torch.Generator().manual_seed(0))
+    for sample in samples:
+        assert abs(sample.mean()) < 5 / sample.numel() ** 0.5
+        assert abs(sample.std() - 1) < 5 / sample.numel() ** 0.5
+        assert len(sample.unique()) > 0.9 * sample.numel()  # fresh for every video and frame
 
 
 @pytest.mark.parametrize("length", [1, 16, 45])
-def test_videos_of_any_length(length):
+def test_generator_renders_videos_of_any_length(length):
     generator = VideoGenerator(32).eval()
-    noise = generator.draw_noise(2, length, torch.Generator().manual_seed(0))
+    noise = generator.sample_noise(2, length, torch.Generator().manual_seed(0))
     with torch.no_grad():
         video = generator(*noise)
         assert video.shape == (2, 3, length, 32, 32) and video.abs().max() <= 1
-        points = generator.path(*noise)[1, :, :, None, None]  # the frames of the second, by hand
+        points = generator.path(*noise)[1, :, :, None, None]  # each frame of the second video alone
         frames = generator.image_generator(points)
     torch.testing.assert_close(video[1], frames.transpose(0, 1))

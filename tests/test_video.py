@@ -92,9 +92,11 @@ def test_save_png_keeps_other_files(tmp_path):
 
 
 @pytest.mark.parametrize("palette_frames", [100, 3])
-def test_save_gif_keeps_still_what_stands_still(tmp_path, drawn, monkeypatch, palette_frames):
+def test_save_gif_keeps_still_what_stands_still(
+    tmp_path, synthetic_clip, monkeypatch, palette_frames
+):
     """Also after the frames from which the palette is made, and in a second decoder."""
-    clip = drawn[:16]
+    clip = synthetic_clip[:16]
     monkeypatch.setattr(video, "PALETTE_BYTES", palette_frames * clip[0].nbytes)
     still = (clip == clip[0]).all(axis=(0, 3))
     assert 0.5 < still.mean() < 0.99
