@@ -10,18 +10,15 @@ the update against it. Each runs in a process of its own; they take turns.
 """
 
 import copy
-import json
 import multiprocessing
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,9 +27,6 @@ import utils
 from data import ClipDataset
 from trainer import BETAS, FAKE_LABEL, REAL_LABEL, Trainer
 from utils import Parser, UserError, number
-
-# Frames of the 93 Weizmann clips, about, for the random clips that are used without --data.
-LENGTHS = [28 + round(118 * (i / 92) ** 2) for i in range(93)]
 
 
 class NaiveTrainer:
@@ -164,34 +158,26 @@ def main(argv=None):
     add("--batch-size", type=number(int, 1), nargs="+", default=[16], help="one or several")
     add("--turns", type=number(int, 1), default=10, help="of each; the median counts")
     add("--epochs", type=number(int, 1), default=1, help="in a turn; take 20 on a GPU")
-    add("--data", type=Path, help="folder of clips; without it they are noise")
-    add("--json", type=Path, help="write the results to this file too")
+    add("--data", type=Path, default="resized_data", help="folder of clips, from resize.py")
     args = parser.parse_args(argv)
-    with utils.one_line_errors("benchmark.py"), tempfile.TemporaryDirectory() as folder:
+    with utils.one_line_errors("benchmark.py", "take a smaller --batch-size"):
         device = utils.pick_device(args.device)
         args.device, args.precision = str(device), utils.pick_precision(args.precision, device)
-        if args.data is None:
-            args.data, rng = Path(folder), np.random.default_rng(0)
-            for i, length in enumerate(LENGTHS):
-                clip = rng.integers(0, 256, (length, 96, 96, 3), np.uint8)
-                np.save(args.data / f"{i}.npy", clip)
+        ClipDataset(args.data)  # reports what is wrong with it
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         print(
             f"{device} ({name}, {torch.get_num_threads()} threads), project in {args.precision}, "
             f"naive in fp32, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
         )
         print("batch  epoch    ms, median  memory GB    GFLOP  GFLOP/s  times as long")
-        table = {}
         for batch_size in args.batch_size:
-            table[batch_size] = results = compare(args, batch_size)
+            results = compare(args, batch_size)
             for name, r in results.items():
                 ratio, rate = r["ms"] / results["project"]["ms"], 1000 * r["gflop"] / r["ms"]
                 print(
                     f"{batch_size:5}  {name:7} {r['ms']:11.1f} {r['memory_gb']:10.2f} "
                     f"{r['gflop']:8.1f} {rate:8.0f} {ratio:14.2f}"
                 )
-        if args.json:
-            args.json.write_text(json.dumps(table, indent=1))
 
 
 if __name__ == "__main__":

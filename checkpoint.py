@@ -51,10 +51,7 @@ def load(path):
     if not isinstance(version, int) or not isinstance(content.get("epoch"), int):
         raise DamagedError("not a checkpoint of this program")
     if version != FORMAT:
-        raise UserError(
-            f"{path}: of another version of this program (format {version}, this one reads "
-            f"{FORMAT}); use that version, or start from scratch"
-        )
+        raise UserError(f"{path}: of another version of this program ({version}, not {FORMAT})")
     return content
 
 
@@ -101,10 +98,7 @@ class Checkpoints:
             else:
                 self.last = path, content["epoch"]
                 return content, damaged
-        raise UserError(
-            f"{'; '.join(damaged)}; leave --pre-train out to start from scratch (they are moved "
-            "aside, not deleted)"
-        )
+        raise UserError(f"{'; '.join(damaged)}; leave --pre-train out to start from scratch")
 
     def save(self, content, numbered=False):
         """Make `content` the newest checkpoint and keep the one before it as the previous one.
@@ -121,7 +115,3 @@ class Checkpoints:
                 shutil.copyfileobj(source, target)
             for old in self.numbered()[: -self.keep]:
                 old.unlink()
-
-    def status(self):
-        """What of the run is safe, in words."""
-        return "{} of epoch {} is safe".format(*self.last) if self.last else "nothing was saved"

@@ -78,7 +78,6 @@ class ClipDataset:
         self.num_frames = int(self.lengths.sum())
         self.num_bytes = self.num_frames * self.size**2 * 3
         self.pixels = None  # all frames, on the device of `to`
-        self.pin_memory = False  # True: a GPU can fetch batches by itself
 
     def __len__(self):
         return len(self.paths)
@@ -139,14 +138,10 @@ class ClipDataset:
             windows = self.pixels[window_idx.to(device)]
             frames = self.pixels[(offset + frame).to(device)]
         else:
-            shape = self.size, self.size, 3
-            options = {"dtype": torch.uint8, "pin_memory": self.pin_memory}
-            windows = torch.empty(batch_size, self.frames, *shape, **options)
-            frames = torch.empty(batch_size, *shape, **options)
-            for i, (c, s, f) in enumerate(zip(clip.tolist(), start.tolist(), frame.tolist())):
-                pixels = self.clip(c)
-                windows.numpy()[i] = pixels[s : s + self.frames]
-                frames.numpy()[i] = pixels[f]
+            clips = [self.clip(c) for c in clip.tolist()]
+            windows = np.stack([c[s : s + self.frames] for c, s in zip(clips, start.tolist())])
+            frames = np.stack([c[f] for c, f in zip(clips, frame.tolist())])
+            windows, frames = torch.from_numpy(windows), torch.from_numpy(frames)
         return Batch(windows.permute(0, 4, 1, 2, 3), frames.permute(0, 3, 1, 2), self.labels[clip])
 
 

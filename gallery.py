@@ -32,19 +32,14 @@ class Page:
         Raises OSError.
         """
         samples = self._samples(epoch)
-        newest = max(samples, default=None)
+        newest = max(samples, default=epoch)
         refresh = REFRESH if state == "training" else 0
         page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
             epoch=f"{epoch:,}",
             epochs=f"{self.epochs:,}",
             state=html.escape(state),
-            refresh=f'<noscript><meta http-equiv="refresh" content="{refresh}"></noscript>'
-            if refresh
-            else "",
-            newest=image_tag(samples[newest], f"16 generated videos, epoch {newest}")
-            if samples
-            else "",
-            newest_epoch=f"{newest:,}" if samples else "",
+            newest=image_tag(self.folder / f"epoch-{newest:06d}.gif", "16 generated videos"),
+            newest_epoch=f"{newest:,}",
             real=image_tag(self.folder / "real.gif", "16 real videos"),
             curves=svg_tag(log.figure("image"), "image losses")
             + svg_tag(log.figure("video"), "video losses"),
@@ -58,18 +53,16 @@ class Page:
                 for name, line in self.facts.items()
             ),
             written=round(time.time()),
-            seconds=refresh,
+            refresh=refresh,
         )
         with atomic_write(self.folder / "index.html") as file:
             file.write(page.encode(errors="replace"))  # a folder's name may be no valid text
 
     def _samples(self, epoch):
         """The paths of the sample GIFs by their epochs, up to `epoch`, sorted."""
-        digits = {
-            path.stem.removeprefix("epoch-"): path for path in self.folder.glob("epoch-*.gif")
-        }
-        paths = {int(d): path for d, path in digits.items() if d.isdecimal() and path.is_file()}
-        return {e: paths[e] for e in sorted(paths) if e <= epoch}
+        paths = {path.stem.removeprefix("epoch-"): path for path in self.folder.glob("epoch-*.gif")}
+        samples = {int(digits): path for digits, path in paths.items() if digits.isdecimal()}
+        return {e: samples[e] for e in sorted(samples) if e <= epoch}
 
 
 def image_tag(path, text, lazy=False):

@@ -13,27 +13,14 @@ import numpy as np
 import torch
 
 import checkpoint
+import utils
 from data import to_uint8
 from models import DIM_CONTENT, DIM_MOTION, DIM_NOISE, VideoGenerator
-from utils import (
-    Parser,
-    UserError,
-    folder,
-    is_out_of_memory,
-    lock_folders,
-    number,
-    one_line_errors,
-    pick_device,
-    progress_bar,
-    set_up_device,
-)
+from utils import Parser, UserError, number
 from video import FORMATS, RESAMPLE, LabelledGrid, enlarge, save_video
 
 BLOCK = 64  # frames whose noise is sampled at once, the same for every length
 BATCH = 64  # frames rendered at once: more need more memory and are no faster
-
-
-# ---------------------------------------------------------------- the model
 
 
 def load_generator(path, device="cpu"):
@@ -60,9 +47,6 @@ def load_generator(path, device="cpu"):
     if torch.device(device).type != "mps":  # four times as fast on a CPU
         generator.to(memory_format=torch.channels_last)
     return generator.to(device).eval()
-
-
-# ---------------------------------------------------------------- noise to videos
 
 
 def random_stream(*numbers):
@@ -187,10 +171,7 @@ def render_grid(generator, z_content, z_motion, labels, scale, resample):
         yield grid.frame(enlarge(cell, scale, resample) for cell in cells)
 
 
-# ---------------------------------------------------------------- the command line
-
-
-def parse(argv=None):
+def parse_args(argv=None):
     parser = Parser(prog="generate.py", description="Generate videos with a trained model.")
     add, default = parser.add_argument, "trained_models/checkpoint.pt"
     add("--checkpoint", type=Path, default=default, help="checkpoint.pt or generator.pt")
@@ -199,7 +180,7 @@ def parse(argv=None):
     add("--fps", type=number(float, 0.1, 240), default=25, help="frames per second")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="other videos for another seed")
     add("--format", choices=FORMATS, default="gif", help="png: folders; npy: (n_frames, H, W, 3)")
-    add("--out", type=folder, default="generated_videos/samples", help="folder for the videos")
+    add("--out", type=Path, default="generated_videos/samples", help="folder for the videos")
     add("--scale", type=number(int, 1, 32), default=1, help="how many times as large")
     add("--resample", choices=RESAMPLE, default="nearest", help="how to enlarge")
     add("--grid", choices=["content-motion"], help="one video: contents by row, motions by column")
@@ -220,21 +201,22 @@ def requested_videos(args, generator):
         yield name, interpolation(generator, args.interpolate, *options)
     if args.grid or args.interpolate:
         return
-    digits = max(4, len(str(args.num - 1)))
     for i in range(args.num):
         frames = video(generator, args.frames, args.seed, i)
-        yield f"video-{i:0{digits}}", (enlarge(f, args.scale, args.resample) for f in frames)
+        yield f"video-{i:04}", (enlarge(f, args.scale, args.resample) for f in frames)
 
 
 def run(args):
     """Generate the videos that `args` ask for and write them to --out."""
-    device = pick_device(args.device)
-    set_up_device(device, deterministic=device.type == "cuda")  # the same seed, the same bytes
+    device = utils.pick_device(args.device)
+    utils.set_up_device(
+        device, deterministic=device.type == "cuda"
+    )  # the same seed, the same bytes
     generator = load_generator(args.checkpoint, device)
     grids = bool(args.grid) + bool(args.interpolate)
     total = (grids or args.num) * args.frames
     paths = []
-    with lock_folders(args.out), progress_bar(total=total, unit="frame") as bar:
+    with utils.lock_folders(args.out), utils.progress_bar(total=total, unit="frame") as bar:
 
         def count(frames):
             for frame in frames:
@@ -247,21 +229,12 @@ def run(args):
         seconds = bar.format_dict["elapsed"]
     names = f"{paths[0]} … {paths[-1]}" if len(paths) > 1 else paths[0]
     print(f"{names}: {total} frames, {total / seconds:.0f} per second")
-    others = sorted(set(args.out.glob("video-*")) - set(paths))
-    if others and not grids:
-        print(f"note: {len(others)} videos of earlier calls remain, such as {others[0]}")
 
 
 def main(argv=None):
-    args = parse(argv)
-    with one_line_errors("generate.py"):
-        try:
-            run(args)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            advice = "choose a smaller --scale, or fewer --frames or --rows"
-            raise UserError(f"not enough memory: {advice}") from error
+    args = parse_args(argv)
+    with utils.one_line_errors("generate.py", "choose a smaller --scale, or fewer --rows"):
+        run(args)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,6 @@ class Logger:
         seconds = (time.perf_counter() - self.clock) / len(values)
         rows = [[*row, seconds] for row in values.tolist()]
         self.pending = []
-        if not self.rows:
-            self.csv.write(",".join(["epoch", *self.names]) + "\n")
         self.rows += rows
         first = epoch - len(rows) + 1
         self._write_csv(first, rows)
@@ -64,6 +62,8 @@ class Logger:
         return [{"epoch": e, **dict(zip(self.names, row))} for e, row in enumerate(rows, first)]
 
     def _write_csv(self, first_epoch, rows):
+        if first_epoch == 1:
+            self.csv.write(",".join(["epoch", *self.names]) + "\n")
         for epoch, row in enumerate(rows, first_epoch):
             self.csv.write(",".join([str(epoch), *(f"{x:.6g}" for x in row)]) + "\n")
         self.csv.flush()

@@ -9,7 +9,6 @@ generate.py makes videos with what was trained.
 """
 
 import contextlib
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from data import ClipDataset
 from gallery import Page
 from logger import Logger
 from trainer import Trainer, train
-from utils import Parser, TrainingError, UserError, number
+from utils import Parser, UserError, number
 from video import save_gif, video_grid
 
 UNRECORDED = ("pre_train", "data", "models", "videos", "seed")  # flags that are no settings
@@ -51,24 +50,19 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def run(args, resume_command):
-    """Train as `args` say. resume_command: what resumes the run, for messages."""
+def run(args, checkpoints, resume_command):
+    """Train as `args` say, and save to `checkpoints`. resume_command: what resumes the run."""
     device = utils.pick_device(args.device)
     precision = utils.pick_precision(args.precision, device)
     utils.set_up_device(device, args.deterministic)
-    checkpoints = Checkpoints(args.models, args.keep)
     if args.pre_train == 1 and not checkpoints.existing():
-        raise UserError(
-            f"--pre-train 1: {checkpoints.newest} is not there; name its folder with --models, "
-            "or leave the flag out to start from scratch"
-        )
+        raise UserError(f"--pre-train 1: no {checkpoints.newest}; name its folder with --models")
     clips = ClipDataset(args.data, args.frames)
     for line in clips.skipped:
         print(f"skipped {line}")
 
     with (
         utils.lock_folders(args.models, args.videos),
-        one_line_failures(checkpoints, resume_command),
         utils.graceful_stop(announce_stop) as stop,
     ):
         trainer = Trainer(clips, args.batch_size, args.lr, args.seed, device, precision)
@@ -136,31 +130,21 @@ def resume(trainer, checkpoints, info):
         print(f"warning: {line}")
     print(f"resuming from {path}, epoch {epoch}")
     try:
-        old, new = state["settings"], info["settings"]
-        changes = {
-            name: f"{name} was {old.get(name)}, is {value} now"
-            for name, value in new.items()
-            if old.get(name) != value
-        }
-        fixed = [changes.pop(name) for name in ("size", "frames") if name in changes]
-        if fixed:
-            raise UserError(
-                f"{path}: cannot resume with other networks: {'; '.join(fixed)}; use the settings "
-                "it began with, or leave --pre-train out to start from scratch"
-            )
+        for name, value in info["settings"].items():
+            if state["settings"].get(name) != value:
+                print(f"note: {name} was {state['settings'].get(name)}, is {value} now")
         trainer.load_state(state)
-        for line in changes.values():
-            print(f"note: {line}")
         then, now = state["data"], info["data"]
         if then != now:
             print(
-                "note: the clips are not those of the checkpoint, in name or content: "
-                f"{then['clips']} of {then['frames']} frames then, "
-                f"{now['clips']} of {now['frames']} now"
+                "note: the clips have changed, in name or content: "
+                f"{then['clips']} with {then['frames']} frames then, "
+                f"{now['clips']} with {now['frames']} now"
             )
         return {"names": list(state["history"]["names"]), "rows": state["history"]["rows"]}
     except (AttributeError, LookupError, TypeError, ValueError) as reason:
-        raise UserError(f"{path}: not a checkpoint that main.py can resume ({reason})") from reason
+        message = f"{path}: cannot resume from it ({reason}); leave --pre-train out to start again"
+        raise UserError(message) from reason
 
 
 def describe(args, trainer, precision):
@@ -171,7 +155,7 @@ def describe(args, trainer, precision):
         where += f", {torch.get_num_threads()} threads"
     actions = f"{len(clips.actions)} actions ({' '.join(clips.actions)})"
     sizes = (
-        f"{name} {sum(math.prod(weight.shape) for weight in net.parameters()):,}"
+        f"{name} {sum(weight.numel() for weight in net.parameters()):,}"
         for name, net in trainer.networks.items()
     )
     return {
@@ -179,9 +163,7 @@ def describe(args, trainer, precision):
         "data": f"{args.data}: {len(clips)} clips, {clips.num_frames} frames of "
         f"{clips.size}×{clips.size}, {actions if clips.actions else 'no action folders'}",
         "networks": f"{', '.join(sizes)} parameters",
-        "output": f"{args.videos}: a GIF every {args.sample_every} epochs, index.html shows all; "
-        f"{args.models}: a checkpoint every {args.checkpoint_every} epochs or "
-        f"{args.checkpoint_minutes:g} minutes, generator.pt, losses.csv, losses.png",
+        "output": f"{args.videos}/index.html shows the run, checkpoints are in {args.models}",
         "training": f"batch {args.batch_size}, epochs {trainer.epoch + 1} to {args.epochs}",
     }
 
@@ -191,39 +173,20 @@ def announce_stop():
     print(f"\n{message}", file=sys.stderr, flush=True)
 
 
-@contextlib.contextmanager
-def one_line_failures(checkpoints, resume_command):
-    """Report what ended a training in one line: what happened, what is safe, and what to do."""
-
-    def status(after=""):
-        hint = f"; to resume{after}: {resume_command}" if checkpoints.last else ""
-        return checkpoints.status() + hint
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped at once; {status()}") from None
-    except (TrainingError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, TrainingError):
-            message = str(error)
-        elif utils.is_out_of_memory(error):
-            message = "not enough memory: take a smaller --batch-size"
-        elif isinstance(error, OSError):
-            message = utils.os_error_message(error)
-        else:
-            raise
-        raise TrainingError(f"{message}; {status(' after that')}") from error
-
-
 def main(argv=None):
     args = parse_args(argv)
+    checkpoints = Checkpoints(args.models, args.keep)
     command = ["python", "main.py", *argv] if argv is not None else sys.orig_argv
     if utils.IN_IPYTHON:
         command = ["%run", *sys.argv]
-    if args.pre_train != 1:
-        command = [*command, "--pre-train", "1"]
-    with utils.one_line_errors("main.py"):
-        run(args, shlex.join(command))
+    resume_command = shlex.join([*command, *["--pre-train", "1"] * (args.pre_train != 1)])
+
+    def advice():
+        safe = "; {} of epoch {} is safe; to resume: {}"
+        return safe.format(*checkpoints.last, resume_command) if checkpoints.last else ""
+
+    with utils.one_line_errors("main.py", "take a smaller --batch-size", advice):
+        run(args, checkpoints, resume_command)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,8 @@ import numpy as np
 import torch
 
 import synthetic
-from utils import (
-    Parser,
-    UserError,
-    files_below,
-    lock_folders,
-    number,
-    one_line_errors,
-    progress_bar,
-)
+import utils
+from utils import Parser, UserError, number
 from video import STRIPS, VIDEOS, Unusable, read_frames, save_npy
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # a bad file gets our line only
@@ -78,7 +71,7 @@ def find_sources(raw, out):
     roots = {raw.resolve(): raw, out.resolve(): out}  # one, if they are the same folder
     for resolved, root in roots.items():
         nested = [other for other in roots if resolved in other.parents]
-        for path in files_below(root) if root.is_dir() else []:
+        for path in utils.files_below(root) if root.is_dir() else []:
             if path.suffix.lower() not in VIDEOS | STRIPS:
                 continue
             if any(path.resolve().is_relative_to(other) for other in nested):
@@ -113,7 +106,7 @@ def convert(sources, out, size=96, every=1):
     if not settings.exists() or settings.read_bytes() != content:
         settings.write_bytes(content)  # all arrays are older now, and are made again
     lengths, skipped = {}, []
-    for array, (path, frames) in progress_bar(sources.items(), desc="resizing", unit="clip"):
+    for array, (path, frames) in utils.progress_bar(sources.items(), desc="resizing", unit="clip"):
         try:
             if not is_up_to_date(out / array, size, newer_than=(path, settings)):
                 (out / array).parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +133,7 @@ def is_up_to_date(path, size, newer_than):
 
 def arrays_in(out):
     """The paths, below `out`, of all arrays there."""
-    files = files_below(out) if out.exists() else []
+    files = utils.files_below(out) if out.exists() else []
     return [path.relative_to(out) for path in files if path.suffix == ".npy"]
 
 
@@ -156,8 +149,6 @@ def download(raw, url=URL):
         source = f"{url.rstrip('/')}/{archive.name}"
         try:
             if not archive.exists():
-                for partial in raw.glob(f"{archive.name}.*.partial"):
-                    partial.unlink()  # of a download that was killed
                 print(f"downloading {source}", flush=True)
                 torch.hub.download_url_to_file(source, archive)
             if zipfile.ZipFile(archive).testzip():
@@ -177,35 +168,32 @@ def download(raw, url=URL):
 
 def main(argv=None):
     parser = Parser(prog="resize.py", description="Turn video clips into arrays for main.py.")
-    add = parser.add_argument
+    add, size = parser.add_argument, "side of a frame: a multiple of 16, 32 to 256"
     add("--raw", type=Path, default="raw_data", help="folder of videos, a subfolder an action")
     add("--out", type=Path, default="resized_data", help="folder for the arrays")
-    add("--size", type=int, choices=range(32, 257, 16), default=96, metavar="SIZE",
-        help="side of a frame: a multiple of 16, 32 to 256")  # fmt: skip
+    add("--size", type=int, choices=range(32, 257, 16), default=96, metavar="SIZE", help=size)
     add("--every", type=number(int, 1), default=1, help="keep every Nth frame")
     add("--url", default=URL, help="with --download: where the ten zips are")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--download", action="store_true", help="fetch the Weizmann clips into --raw first")
     add("--synthetic", action="store_true", help="render clips instead of reading any")
     args = parser.parse_args(argv)
-    with one_line_errors("resize.py"):
+    with utils.one_line_errors("resize.py"):
         make_arrays(args)
 
 
 def make_arrays(args):
     if args.download:
-        with lock_folders(args.raw):
+        with utils.lock_folders(args.raw):
             download(args.raw, args.url)
     if args.synthetic:
         sources, skipped = synthetic_sources(), []
         if others := [array for array in arrays_in(args.out) if array not in sources]:
-            raise UserError(
-                f"--synthetic: {args.out} holds other clips, such as {others[0]}; "
-                "name another folder with --out"
-            )
+            message = f"--synthetic: {args.out} holds other clips, such as {others[0]}"
+            raise UserError(f"{message}; name another folder with --out")
     else:
         sources, skipped = find_sources(args.raw, args.out)
-    with lock_folders(args.out):
+    with utils.lock_folders(args.out):
         lengths, failed = convert(sources, args.out, args.size, args.every)
         skipped += failed
         for path, reason in skipped:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import checkpoint
 from data import Batch, to_float, to_uint8
 from models import ImageDiscriminator, VideoDiscriminator, VideoGenerator
-from utils import TrainingError, is_out_of_memory, progress_bar
+from utils import TrainingError, progress_bar
 from video import save_gif, video_grid
 
 REAL_LABEL, FAKE_LABEL = (0.9, 0.0)  # one-sided label smoothing
@@ -73,10 +73,9 @@ class Trainer:
         self.rng = torch.Generator().manual_seed(seed)
         self.fixed_noise = self.generator.sample_noise(NUM_SAMPLES, clips.frames, self.rng)
         if self.device.type == "cuda":
-            if clips.num_bytes < torch.cuda.mem_get_info(self.device)[0] / 2:
+            free_memory, _ = torch.cuda.mem_get_info(self.device)
+            if clips.num_bytes < free_memory / 2:
                 clips.to(self.device)
-            else:
-                clips.pin_memory = True
 
     @property
     def networks(self):
@@ -95,7 +94,7 @@ class Trainer:
         frames of the window, then of the single frame. All on the device.
         """
         real = self.clips.sample(self.batch_size, self.rng)
-        real = Batch(*(x.to(self.device, non_blocking=self.clips.pin_memory) for x in real))
+        real = Batch(*(x.to(self.device) for x in real))
         # A generated video has the length K of a real clip, and S_T and S_1 sample it like one.
         _, start, frame = self.clips.sample_indices(self.batch_size, self.rng)
         window_idx = start[:, None] + torch.arange(self.clips.frames)
@@ -234,8 +233,6 @@ class Trainer:
             self.rng.set_state(state["rng"])
             self.epoch, self.seed = state["epoch"], int(state["seed"])
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if is_out_of_memory(error):
-                raise
             raise ValueError(" ".join(str(error).split())) from error
 
 

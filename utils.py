@@ -22,9 +22,6 @@ RUN_FILES = ("checkpoint*.pt", "generator.pt", "losses.*", "events.out.tfevents.
 RUN_FILES += ("real.gif", "epoch-*.gif", "index.html")
 
 
-# ---------------------------------------------------------------- errors
-
-
 class UserError(Exception):
     """Something the user can mend: one line that says what is wrong and what to do."""
 
@@ -38,19 +35,26 @@ class TrainingError(UserError):
 
 
 @contextlib.contextmanager
-def one_line_errors(program):
-    """Turn a UserError, an OSError or Ctrl-C into one line on stderr and an exit status."""
+def one_line_errors(program, less_memory="", advice=lambda: ""):
+    """Turn an error that a user can act on, or Ctrl-C, into a line on stderr and an exit status.
+
+    less_memory: what to do if memory is full; advice: called for what to add to the line.
+    """
     if hasattr(sys.stdout, "reconfigure"):  # a console without "×" shows "?"
         sys.stdout.reconfigure(errors="replace")
     try:
         yield
         sys.stdout.flush()
     except UserError as error:
-        exit_with(error.status, f"{program}: error: {error}")
+        exit_with(error.status, f"{program}: error: {error}{advice() if error.status == 1 else ''}")
     except OSError as error:
-        exit_with(2, f"{program}: error: {os_error_message(error)}")
-    except KeyboardInterrupt as interrupt:
-        exit_with(130, f"\n{program}: {str(interrupt) or 'stopped'}")
+        exit_with(1, f"{program}: error: {os_error_message(error)}{advice()}")
+    except KeyboardInterrupt:
+        exit_with(130, f"\n{program}: stopped at once{advice()}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        exit_with(1, f"{program}: error: not enough memory: {less_memory}{advice()}")
 
 
 def exit_with(status, line):
@@ -90,9 +94,6 @@ def is_out_of_memory(error):
     )
 
 
-# ---------------------------------------------------------------- the command line
-
-
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that shows defaults and reports a bad flag in one line (exit status 2)."""
 
@@ -107,16 +108,12 @@ def number(kind, low, high=float("inf")):
     """An argparse type: an int or a float (`kind`) from `low` to `high`."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high or value == float("inf"):
-            name = "a whole number" if kind is int else "a number"
-            limits = f"from {low}" + (f" to {high}" if high < float("inf") else "")
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {limits}")
+        value = kind(text)
+        if not (low <= value <= high and value < float("inf")):
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
 
+    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
     return parse
 
 
@@ -155,9 +152,6 @@ def graceful_stop(announce):
             signal.signal(number, old)
 
 
-# ---------------------------------------------------------------- the device
-
-
 def pick_device(name):
     """The torch device called `name`, with its index; "auto" takes CUDA, else MPS, else the CPU."""
     if name == "auto":
@@ -166,13 +160,8 @@ def pick_device(name):
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, ImportError) as error:
-        if is_out_of_memory(error):
-            raise UserError(
-                f"--device {name}: its memory is full; stop what else uses it"
-            ) from None
-        raise UserError(f"--device {name}: there is no such device here; try auto") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: must be one of auto, cpu, cuda, cuda:1, mps")
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--device {name}: {reason}; try auto, cpu, cuda, cuda:1, mps") from None
     return device
 
 
@@ -208,9 +197,6 @@ def set_up_device(device, deterministic=False):
         trim_threshold, mmap_threshold = -1, -3  # from malloc.h
         mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # the limit of old glibc
         mallopt(trim_threshold, 2**31 - 1)
-
-
-# ---------------------------------------------------------------- files
 
 
 def files_below(folder):
@@ -262,24 +248,22 @@ def lock_folders(*folders):
     """Make `folders` and hold a lock in each, until the block or the process ends.
 
     Some network file systems have no locks; there nothing is locked. Raises UserError if another
-    process holds a lock, OSError if a folder cannot be written to.
+    process holds a lock, or if a folder cannot be written to.
     """
     with contextlib.ExitStack() as stack:
         for folder in {folder.resolve(): folder for folder in folders}.values():
-            folder.mkdir(parents=True, exist_ok=True)
             try:
+                folder.mkdir(parents=True, exist_ok=True)
                 lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
                 stack.enter_context(lock)
             except Timeout:
-                raise UserError(
-                    f"{folder}: another run is writing there; wait until it ends, "
-                    "or name another folder"
-                ) from None
+                message = f"{folder}: another run is writing there; wait, or name another folder"
+                raise UserError(message) from None
             except (NotImplementedError, OSError) as error:
-                no_locks = None, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK
+                no_locks = (None, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
                 if getattr(error, "errno", None) not in no_locks:
                     error.filename = str(folder)
-                    raise
+                    raise UserError(f"cannot write to {os_error_message(error)}") from None
         yield
 
 
@@ -292,11 +276,9 @@ def archive_run(*folders):
     if not files:
         return []
     newest = max(path.stat().st_mtime for path in files)
-    date = name = datetime.fromtimestamp(newest).strftime("%Y-%m-%d_%H-%M-%S")
-    copies = 1
+    name = datetime.fromtimestamp(newest).strftime("%Y-%m-%d_%H-%M-%S")
     while any((folder / name).exists() for folder in folders):
-        copies += 1
-        name = f"{date}_{copies}"
+        name += "_"
     for path in sorted(files):
         (path.parent / name).mkdir(exist_ok=True)
         path.rename(path.parent / name / path.name)

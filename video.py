@@ -16,7 +16,9 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
 import cv2
 import imageio_ffmpeg
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.utils import make_grid
 
 from utils import UserError, atomic_write
 
@@ -28,10 +30,6 @@ GIF_FPS = 50  # browsers slow down what is faster
 PALETTE_BYTES = 2**23  # of the first frames, from which a GIF's colours are chosen
 RESAMPLE = {"nearest": cv2.INTER_NEAREST, "lanczos": cv2.INTER_LANCZOS4}
 MAX_PIXELS = 16384  # the largest width and height of H.264
-TEXT, LINE, PAPER = (40, 40, 40), (150, 150, 150), (255, 255, 255)  # colours of a labelled grid
-
-
-# ---------------------------------------------------------------- reading
 
 
 class Unusable(Exception):
@@ -78,9 +76,6 @@ def read_strip(path):
         raise Unusable(f"{width}×{height} is not a strip of square frames")
     image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     yield from np.split(image, max(height, width) // side, axis=1 if width > height else 0)
-
-
-# ---------------------------------------------------------------- writing
 
 
 def save_video(path, frames, fps=25):
@@ -198,22 +193,14 @@ def save_png(path, frames, fps=25):
         Image.fromarray(frame).save(path / f"frame-{k:05d}.png")
 
 
-# ---------------------------------------------------------------- grids
-
-
 def video_grid(videos, columns=4):
     """Videos side by side, with 2 white pixels around each.
 
-    videos: (B, K, S, S, 3) uint8, by rows; returns (K, H, W, 3) uint8. Columns are fewer if B is.
+    videos: (B, K, S, S, 3) uint8; returns (K, H, W, 3) uint8.
     """
-    B, K, S = videos.shape[:3]
-    columns = min(columns, B)
-    rows = -(-B // columns)
-    grid = np.full((K, rows * (S + 2) + 2, columns * (S + 2) + 2, 3), 255, np.uint8)
-    for i, video in enumerate(videos):
-        top, left = (2 + n * (S + 2) for n in divmod(i, columns))
-        grid[:, top : top + S, left : left + S] = video
-    return grid
+    frames = torch.from_numpy(videos).permute(1, 0, 4, 2, 3)
+    grids = [make_grid(f, columns, padding=2, pad_value=255) for f in frames]
+    return torch.stack(grids).permute(0, 2, 3, 1).numpy()
 
 
 def enlarge(frame, scale, resample="nearest"):
@@ -228,53 +215,37 @@ def enlarge(frame, scale, resample="nearest"):
 
 
 class LabelledGrid:
-    """A grid of R × C videos with thin lines around each, and labels above and at the left.
+    """A grid of R × C videos, with labels above and at the left.
 
     rows, columns: the R labels at the left and the C labels above; size: S, the videos' height and
     width in pixels. Raises UserError if the grid is larger than 16,384 pixels.
     """
 
     def __init__(self, rows, columns, size):
-        self.size, self.columns = size, len(columns)
-        self.font = ImageFont.load_default(max(9, size // 8))
-        self.margin = sum(self.font.getmetrics()) + 4
-        height, width = self._offset(len(rows)), self._offset(len(columns))
+        font = ImageFont.load_default(max(9, size // 8))
+        self.columns, self.margin = len(columns), sum(font.getmetrics()) + 4
+        height, width = (self.margin + 2 + n * (size + 2) for n in (len(rows), len(columns)))
         if max(height, width) > MAX_PIXELS:
-            raise UserError(
-                f"a grid of {width}×{height} pixels is too large ({MAX_PIXELS} at most): choose a "
-                "smaller --scale, or fewer --rows and --columns"
-            )
-        # Even, as MP4 wants it.
-        grid = Image.new("RGB", (width + width % 2, height + height % 2), PAPER)
-        ImageDraw.Draw(grid).rectangle((self.margin, self.margin, width - 1, height - 1), LINE)
-        for c, label in enumerate(columns):
-            grid.paste(self._text(label), (self._offset(c), 0))
-        for r, label in enumerate(rows):
-            upwards = self._text(label).transpose(Image.Transpose.ROTATE_90)
-            grid.paste(upwards, (0, self._offset(r)))
+            size = f"{width}×{height} pixels"
+            raise UserError(f"a grid of {size} is too large ({MAX_PIXELS}): take a smaller --scale")
+
+        def render(labels):
+            """Labels side by side, each in the middle above its video."""
+            strip = Image.new("RGB", (2 + len(labels) * (size + 2), self.margin), "white")
+            for i, label in enumerate(labels):
+                centre = 2 + i * (size + 2) + size / 2, self.margin / 2
+                ImageDraw.Draw(strip).text(centre, label, "black", font, anchor="mm")
+            return strip
+
+        grid = Image.new("RGB", (width + width % 2, height + height % 2), "white")  # even for MP4
+        grid.paste(render(columns), (self.margin, 0))
+        grid.paste(render(rows[::-1]).transpose(Image.Transpose.ROTATE_90), (0, self.margin))
         self.empty = np.array(grid)
-
-    def _offset(self, i):
-        """The first pixel of row or column `i`."""
-        return self.margin + 1 + i * (self.size + 1)
-
-    def _text(self, label):
-        """A centred label; "content 1" becomes "c1" where the videos are too small for it."""
-        if self.font.getlength(label) > self.size:
-            *words, last = label.split()
-            label = "".join(word[0] for word in words) + last
-        box = Image.new("RGB", (self.size, self.margin), PAPER)
-        centre = self.size / 2, self.margin / 2
-        ImageDraw.Draw(box).text(centre, label, TEXT, self.font, anchor="mm")
-        return box
-
-    def cell(self, r, c):
-        """Where the video of row `r` and column `c` is: a slice of rows and one of columns."""
-        return tuple(slice(self._offset(i), self._offset(i) + self.size) for i in (r, c))
 
     def frame(self, cells):
         """The grid with a frame in each cell. cells: R * C frames, (S, S, 3) uint8, by rows."""
+        (cells,) = video_grid(np.stack(list(cells))[:, None], self.columns)
+        height, width, _ = cells.shape
         grid = self.empty.copy()
-        for i, cell in enumerate(cells):
-            grid[self.cell(*divmod(i, self.columns))] = cell
+        grid[self.margin : self.margin + height, self.margin : self.margin + width] = cells
         return grid

@@ -78,9 +78,6 @@ def synthetic_clip():
     return np.stack(list(synthetic.render_clip(synthetic.PEOPLE[0], "jack")))
 
 
-drawn = synthetic_clip  # the old name, in test_video.py
-
-
 def run(script, *args):
     """Run a script of the project as a user would; returns the process, with its output."""
     done = subprocess.run(

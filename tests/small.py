@@ -1,8 +1,6 @@
-"""main.py with networks a sixteenth as wide, for tests that train many times.
+"""main.py with networks a sixteenth as wide, for tests that train many times.: `python tests/small.py --data ...`
 
-    python tests/small.py --data ...        # like main.py
-
-All else is the product's own code. The functions at the end are for a process that a test forked.
+All else is the product's own code. The last three functions are for forked processes.
 """
 
 import copy
@@ -12,14 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch._inductor  # so that it, too, is imported before a fork
+import torch._inductor  # these two, so that they are imported before a fork
 import torch.utils.tensorboard
 
+import logger
 import main
 import models
 import trainer
@@ -59,6 +59,14 @@ def make_small(set_attribute=setattr):
         set_attribute(trainer, name, small(getattr(models, name)))
 
 
+def train(argv=None):
+    """Call main.main, small, on one thread, and without plots, which would take most of the time."""
+    torch.set_num_threads(1)
+    logger.Logger.figure = lambda *_: Figure(figsize=(1, 1))
+    make_small()
+    main.main(argv)
+
+
 def heed_signals():
     """Undo nohup or a shell's `&`: tests may be started where signals are ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -79,28 +87,24 @@ def at_epoch(epoch, action, *args):
 
 
 def wait(folder):
-    """Create `folder`/waiting, and wait until `folder`/released exists; five minutes at most."""
+    """Create `folder`/waiting and wait until `folder`/released exists, five minutes at most."""
     (folder / "waiting").touch()
     end = time.monotonic() + 300
     while not (folder / "released").exists() and time.monotonic() < end:
         time.sleep(0.01)
 
 
-def process(args, output, prepare=None):
-    """Train like `main.py args`, with all output in the file `output`; first call `prepare`."""
+def process(args, output, prepare):
+    """Call `prepare`, if not None, and train; all output goes to the file `output`."""
     with open(output, "w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
+        os.dup2(file.fileno(), 1)
+    os.dup2(1, 2)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
     heed_signals()
-    torch.set_num_threads(1)  # at this size, two that wait for each other are slower
-    make_small()
     if prepare:
         prepare()
-    main.main([str(arg) for arg in args])
+    train(args)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    make_small()
-    main.main()
+    train()

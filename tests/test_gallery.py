@@ -168,8 +168,6 @@ def test_page_reloads_while_the_run_goes_on(running, open_page, monkeypatch):
     path = page.folder / "index.html"
     monkeypatch.setattr(gallery, "REFRESH", 1)
     page.write(0, log)
-    text = path.read_text(encoding="utf-8")
-    assert text.count("http-equiv") == text.count('<noscript><meta http-equiv="refresh"') == 1
     view = open_page(path)
     assert view.text("b") == "epoch 0 of 1,000" and "training" in view.text("header")
     assert view.text("dd") == "a <script>alert(1)</script> & b"

@@ -292,7 +292,6 @@ def bad(model, tmp_path_factory):
         ("--fps=nan", "'nan' is not a number from 0.1 to 240"),
         ("--fps=60", "a GIF plays at most 50 frames per second: use mp4 for 60"),
         ("--format=avi", "invalid choice: 'avi'"),
-        ("--out=", "'' names no folder"),
         ("--device=tpu9", "there is no such device here"),
         ("--grid=content-motion --rows=100 --scale=8", "a smaller --scale, or fewer --rows"),
         ("--out={bad}/text.pt/deep", "text.pt/deep"),

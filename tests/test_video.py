@@ -160,7 +160,7 @@ def test_save_mp4_repeats_the_last_row_and_column_of_odd_sizes(tmp_path):
 
 
 def test_save_mp4_raises_if_ffmpeg_fails(tmp_path, monkeypatch):
-    """On a disk that gets full, early or just before the end, or if ffmpeg ends at its start."""
+    """On a disk that gets full, early or just before the end; if frames are lost; at its start."""
     clip = np.random.default_rng(0).integers(0, 256, (12, 256, 256, 3), np.uint8)
     save_video(tmp_path / "a.mp4", iter(clip))
     size = (tmp_path / "a.mp4").stat().st_size
@@ -169,11 +169,18 @@ def test_save_mp4_raises_if_ffmpeg_fails(tmp_path, monkeypatch):
     limit = script + "resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n"
     limit += f"os.execv({real!r}, [{real!r}] + sys.argv[1:])\n"
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
-    for content in (limit.format(4096), limit.format(size - 1), script + "sys.exit(3)"):
+    lossy = script + "options = ['-frames:v', '5'] * ('-crf' in sys.argv)\n"
+    lossy += f"os.execv({real!r}, [{real!r}] + sys.argv[1:-1] + options + sys.argv[-1:])\n"
+    for content, frames in (
+        (limit.format(4096), clip),
+        (limit.format(size - 1), clip),
+        (lossy, clip[:, :32, :32]),
+        (script + "sys.exit(3)", clip),
+    ):
         ffmpeg.write_text(content)
         ffmpeg.chmod(0o755)
         with pytest.raises(OSError, match="ffmpeg could not write it; is the disk full") as error:
-            save_video(tmp_path / "b.mp4", iter(clip))
+            save_video(tmp_path / "b.mp4", iter(frames))
         assert error.value.filename == str(tmp_path / "b.mp4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "ffmpeg"]
 
@@ -217,6 +224,7 @@ def test_labelled_grid_places_videos_between_lines_and_labels(size):
     rows, columns = cells[0]
     for line in (frame[[rows.start - 1, rows.stop], columns], frame[rows, columns.stop]):
         assert (line == video.LINE).all()
+    assert not np.array_equal(grid.frame([]), frame)  # every frame starts from an empty grid
     ink = (grid.frame([]) < 100).all(axis=2)
     assert all(ink[: rows.start - 1, c].any() for _, c in cells)  # a label above each column
     assert all(ink[r, : columns.start - 1].any() for r, _ in cells)  # and left of each row
