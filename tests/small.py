@@ -1,4 +1,4 @@
-"""main.py with networks a sixteenth as wide, for tests that train many times.: `python tests/small.py --data ...`
+"""main.py with networks a sixteenth as wide: `python tests/small.py --data ...`, like main.py.
 
 All else is the product's own code. The last three functions are for forked processes.
 """
@@ -60,7 +60,7 @@ def make_small(set_attribute=setattr):
 
 
 def train(argv=None):
-    """Call main.main, small, on one thread, and without plots, which would take most of the time."""
+    """main.main, small, on one thread, and without plots, which would take most of the time."""
     torch.set_num_threads(1)
     logger.Logger.figure = lambda *_: Figure(figsize=(1, 1))
     make_small()

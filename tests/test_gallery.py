@@ -208,7 +208,6 @@ def test_page_survives_damaged_pictures(running):
     page, log = running
     for name in ("epoch-000001.gif", "epoch-x.gif", "epoch-99999999.gif", "epoch--3.gif"):
         (page.folder / name).write_bytes(b"")
-    (page.folder / "epoch-000002.gif").mkdir()
     (page.folder / "real.gif").unlink()
     page.write(10, log)
     text = (page.folder / "index.html").read_text(encoding="utf-8")

@@ -1,5 +1,6 @@
 """video.py: files are read back by another library than the one that wrote them."""
 
+import itertools
 import sys
 
 import cv2
@@ -213,29 +214,26 @@ def test_enlarge_repeats_or_interpolates_pixels():
     assert np.abs(lanczos - nearest.astype(int)).mean() < 8
 
 
-@pytest.mark.parametrize("size", [32, 192])
+@pytest.mark.parametrize("size", [64, 192])
 def test_labelled_grid_places_videos_between_lines_and_labels(size):
     grid = LabelledGrid(["content 1", "content 2"], ["motion 1", "motion 2", "motion 3"], size)
-    shades = [np.full((size, size, 3), 20 * i, np.uint8) for i in range(6)]
+    shades = [np.full((size, size, 3), 20 + 20 * i, np.uint8) for i in range(6)]
     frame = grid.frame(iter(shades))
     assert frame.dtype == np.uint8 and frame.shape[0] % 2 == frame.shape[1] % 2 == 0
-    cells = [grid.cell(r, c) for r in range(2) for c in range(3)]
-    assert all(np.array_equal(frame[cell], shade) for cell, shade in zip(cells, shades))
-    rows, columns = cells[0]
-    for line in (frame[[rows.start - 1, rows.stop], columns], frame[rows, columns.stop]):
-        assert (line == video.LINE).all()
-    assert not np.array_equal(grid.frame([]), frame)  # every frame starts from an empty grid
-    ink = (grid.frame([]) < 100).all(axis=2)
-    assert all(ink[: rows.start - 1, c].any() for _, c in cells)  # a label above each column
-    assert all(ink[r, : columns.start - 1].any() for r, _ in cells)  # and left of each row
-
-
-def test_labelled_grid_shortens_labels_and_refuses_huge_sizes():
-    long, short = LabelledGrid(["content 1"], ["motion 1"], 32), LabelledGrid(["c1"], ["m1"], 32)
-    assert np.array_equal(long.frame([]), short.frame([]))
-    glyphs = [bytes(long.font.getmask(letter)) for letter in "contemi0123456789-%\uffff"]
-    assert len(set(glyphs)) == len(glyphs)  # the font has one for each letter
-    with pytest.raises(UserError, match=r"a grid of .* pixels is too large \(16384 at most\)"):
+    tops, lefts = ([grid.margin + 2 + i * (size + 2) for i in range(n)] for n in (2, 3))
+    ink = (frame < 100).all(axis=2)
+    for i, (y, x) in enumerate(itertools.product(tops, lefts)):
+        assert (frame[y : y + size, x : x + size] == shades[i]).all()
+        assert (frame[y - 1, x : x + size] == 255).all() and (
+            frame[y : y + size, x - 1] == 255
+        ).all()
+        assert ink[: grid.margin, x : x + size].any()  # a label above each column
+        assert ink[y : y + size, : grid.margin].any()  # and left of each row
+    swapped = LabelledGrid(["content 2", "content 1"], ["motion 1", "motion 2", "motion 3"], size)
+    second = swapped.empty[tops[1] : tops[1] + size, : grid.margin]
+    assert np.array_equal(frame[tops[0] : tops[0] + size, : grid.margin], second)
+    assert np.array_equal(grid.frame(shades), frame)  # every frame starts from an empty grid
+    with pytest.raises(UserError, match=r"a grid of .* pixels is too large \(16384\)"):
         LabelledGrid(["content"] * 100, ["motion"] * 2, 192)
 
 
