@@ -156,8 +156,8 @@ def main(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=utils.PRECISIONS, default="auto", help="of the project's epoch")
     add("--batch-size", type=number(int, 1), nargs="+", default=[16], help="one or several")
-    add("--turns", type=number(int, 1), default=10, help="of each; the median counts")
-    add("--epochs", type=number(int, 1), default=1, help="in a turn; take 20 on a GPU")
+    add("--turns", type=number(int, 1), default=10, help="measurements; the median is printed")
+    add("--epochs", type=number(int, 1), default=1, help="epochs in a measurement; 20 on a GPU")
     add("--data", type=Path, default="resized_data", help="folder of clips, from resize.py")
     args = parser.parse_args(argv)
     with utils.one_line_errors("benchmark.py", "take a smaller --batch-size"):

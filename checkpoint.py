@@ -11,7 +11,7 @@ import torch
 
 from utils import UserError, atomic_write, is_out_of_memory
 
-FORMAT = 4  # of the content
+FORMAT = 4  # the version of the content
 
 
 class DamagedError(Exception):
@@ -35,7 +35,7 @@ def load(path):
     """Load what `save` wrote, tensors on the CPU. Nothing in the file is ever run.
 
     Raises DamagedError if it is damaged or no checkpoint of this program, UserError if it is of
-    another version of it, OSError if it cannot be read.
+    another version of it, OSError if it cannot be opened.
     """
     with open(path, "rb") as file:
         try:
@@ -59,7 +59,7 @@ def peek_epoch(path):
     """The epoch of a checkpoint, without reading its tensors; infinite if it cannot be read."""
     try:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"])
-    except Exception:  # which `load` reports
+    except Exception:  # `load` reports it
         return float("inf")
 
 
@@ -104,7 +104,7 @@ class Checkpoints:
         """Make `content` the newest checkpoint and keep the one before it as the previous one.
 
         numbered: whether to keep a copy under its epoch, with `keep`. A kill at any moment leaves
-        an intact checkpoint of this epoch or of the one before. Raises OSError.
+        this checkpoint or the one before it intact. Raises OSError.
         """
         newest_is_intact = self.last is not None and self.last[0] == self.newest
         save(self.newest, content, self.previous if newest_is_intact else None)

@@ -96,7 +96,7 @@ class ClipDataset:
         return clip
 
     def fingerprint(self):
-        """What tells this data from other data: a dict of plain values.
+        """A hash that identifies the data: a dict of plain values.
 
         The numbers of clips and frames, and the SHA-256 of the name, length, first and last frame
         of every clip.
@@ -110,8 +110,8 @@ class ClipDataset:
 
     def to(self, device):
         """Copy all frames to `device`, as uint8: `sample` then reads them there."""
-        clips = [torch.from_numpy(np.array(self.clip(i))).to(device) for i in range(len(self))]
-        self.pixels = torch.cat(clips)
+        clips = [torch.from_numpy(np.array(self.clip(i))) for i in range(len(self))]
+        self.pixels = torch.cat(clips).to(device)
 
     def sample_indices(self, batch_size, rng):
         """Sample a clip for each item of a batch, and the places of S_T and S_1 in it.

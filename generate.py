@@ -184,9 +184,9 @@ def parse_args(argv=None):
     add("--scale", type=number(int, 1, 32), default=1, help="how many times as large")
     add("--resample", choices=RESAMPLE, default="nearest", help="how to enlarge")
     add("--grid", choices=["content-motion"], help="one video: contents by row, motions by column")
-    add("--interpolate", choices=["content", "motion"], help="one video: in a row, from A to B")
-    add("--rows", type=number(int, 1, 100), default=4, help="of --grid and --interpolate")
-    add("--columns", type=number(int, 1, 100), default=6, help="of --grid and --interpolate")
+    add("--interpolate", choices=["content", "motion"], help="one video: rows from A to B")
+    add("--rows", type=number(int, 1, 100), default=4, help="rows of the grid")
+    add("--columns", type=number(int, 1, 100), default=6, help="columns of the grid")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser.parse_args(argv)
 
@@ -233,7 +233,7 @@ def run(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    with utils.one_line_errors("generate.py", "choose a smaller --scale, or fewer --rows"):
+    with utils.one_line_errors("generate.py", "choose fewer --frames or --rows"):
         run(args)
 
 

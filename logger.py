@@ -12,18 +12,17 @@ from utils import atomic_write
 class Logger:
     """Logs the metrics of every epoch into `folder`.
 
-    history: of an earlier part of the run, from `history`; losses.csv begins with it again.
-    `board_error`: why nothing goes to TensorBoard, or None. Raises OSError, as all its methods do.
+    history: the rows of an earlier part of the run, which losses.csv begins with. `rows`: a dict of
+    metrics for each epoch so far. `board_error`: why nothing goes to TensorBoard, or None. The
+    methods raise OSError.
     """
 
-    def __init__(self, folder, history=None):
-        self.names = list(history["names"]) if history else []
-        self.rows = history["rows"].tolist() if history else []  # of floats, in the order of names
+    def __init__(self, folder, history=()):
+        self.rows = list(history)
         self.pending = []  # metrics of epochs that still lie on the device
         self.png = folder / "losses.png"
         self.csv = open(folder / "losses.csv", "w")  # noqa: SIM115 (closed by __exit__)
-        if history:
-            self._write_csv(1, self.rows)
+        self.names = []  # the columns of losses.csv
         self.board = self.board_error = None
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -41,31 +40,32 @@ class Logger:
 
     def add(self, metrics):
         """Add an epoch's metrics, a dict of tensors of one value on one device. Does not wait."""
-        self.names = [*metrics, "seconds"]
-        self.pending.append(torch.stack(list(metrics.values())))
+        self.pending.append((metrics.keys(), torch.stack(list(metrics.values()))))
 
     def flush(self, epoch):
-        """Wait for the metrics of the epochs up to `epoch` and write them.
+        """Wait for the metrics of the epochs up to `epoch` and write them. Returns their rows.
 
-        TensorBoard, which is slower, gets their mean. Returns a dict by name for each epoch.
+        TensorBoard, which is slower, gets their mean.
         """
-        values = torch.stack(self.pending).float().cpu()
+        values = torch.stack([values for _, values in self.pending]).tolist()
         seconds = (time.perf_counter() - self.clock) / len(values)
-        rows = [[*row, seconds] for row in values.tolist()]
+        rows = [
+            {"epoch": epoch - len(values) + i, **dict(zip(names, row)), "seconds": seconds}
+            for i, ((names, _), row) in enumerate(zip(self.pending, values), start=1)
+        ]
         self.pending = []
         self.rows += rows
-        first = epoch - len(rows) + 1
-        self._write_csv(first, rows)
-        if self.board:
-            for name, mean in zip(self.names, np.mean(rows, axis=0)):
-                self.board.add_scalar(name, mean, epoch)
-        return [{"epoch": e, **dict(zip(self.names, row))} for e, row in enumerate(rows, first)]
+        self._write_csv(rows)
+        for name in set(rows[-1]) - {"epoch"} if self.board else ():
+            self.board.add_scalar(name, np.mean([row[name] for row in rows]), epoch)
+        return rows
 
-    def _write_csv(self, first_epoch, rows):
-        if first_epoch == 1:
-            self.csv.write(",".join(["epoch", *self.names]) + "\n")
-        for epoch, row in enumerate(rows, first_epoch):
-            self.csv.write(",".join([str(epoch), *(f"{x:.6g}" for x in row)]) + "\n")
+    def _write_csv(self, rows):
+        if not self.names:  # begin the file
+            self.names, rows = list(rows[0]), self.rows
+            self.csv.write(",".join(self.names) + "\n")
+        for row in rows:
+            self.csv.write(",".join(f"{row.get(name, np.nan):.6g}" for name in self.names) + "\n")
         self.csv.flush()
 
     def add_image(self, name, image, epoch):
@@ -73,10 +73,6 @@ class Logger:
         if self.board:
             self.board.add_image(name, image, epoch, dataformats="HWC")
             self.board.flush()
-
-    def history(self):
-        """All metrics so far, for a checkpoint."""
-        return {"names": self.names, "rows": torch.tensor(self.rows)}
 
     def plot(self):
         """Plot losses.png: the losses on images and on videos, side by side."""
@@ -93,8 +89,7 @@ class Logger:
         width = max(1, min(10, len(self.rows) // 5), len(self.rows) // 50)
         for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
             for name in (f"loss_d_{kind}", f"loss_g_{kind}") if self.rows else ():
-                column = self.names.index(name)
-                values = np.array([row[column] for row in self.rows])
+                values = np.array([row[name] for row in self.rows])
                 epochs = np.arange(1, len(values) + 1)
                 mean = np.convolve(values, np.ones(width) / width, mode="valid")
                 (line,) = axes.plot(epochs[width - 1 :: step], mean[::step], label=name)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import utils
 from checkpoint import Checkpoints
 from data import ClipDataset
@@ -25,18 +24,18 @@ from trainer import Trainer, train
 from utils import Parser, UserError, number
 from video import save_gif, video_grid
 
-UNRECORDED = ("pre_train", "data", "models", "videos", "seed")  # flags that are no settings
+UNRECORDED = ("pre_train", "data", "models", "videos", "seed")  # not settings of the training
 
 
 def parse_args(argv=None):
     parser = Parser(prog="main.py", description="Train MoCoGAN on the clips of resize.py.")
     add, pretrained = parser.add_argument, "set 1 when you use pre-trained models: resume"
     add("--batch-size", type=number(int, 1, 10**6), default=16, help="set batch_size")
-    add("--epochs", type=number(int, 1, 10**9), default=40_000, help="set num of iterations")
+    add("--epochs", type=number(int, 1, 999_999), default=40_000, help="set num of iterations")
     add("--pre-train", type=number(int, -1, 1), default=-1, help=pretrained)
     add("--frames", type=number(int, 16), default=16, help="T, the frames of a window")
     add("--lr", type=number(float, 1e-12, 1), default=2e-4, help="learning rate of Adam")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of all random numbers")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=utils.PRECISIONS, default="auto", help="auto: bf16 if native")
     add("--data", type=Path, default="resized_data", help="folder of clips, from resize.py")
@@ -44,7 +43,7 @@ def parse_args(argv=None):
     add("--videos", type=Path, default="generated_videos", help="folder for the sample GIFs")
     add("--sample-every", type=number(int, 1), default=1000, help="epochs between sample GIFs")
     add("--checkpoint-every", type=number(int, 1), default=5000, help="epochs between checkpoints")
-    add("--checkpoint-minutes", type=number(float, 0), default=10.0, help="at most, between them")
+    add("--checkpoint-minutes", type=number(float, 0), default=10.0, help="the same, by the clock")
     add("--keep", type=number(int, 0), default=0, help="how many numbered checkpoints to keep")
     add("--deterministic", action="store_true", help="same bits on a GPU; the CPU always does")
     return parser.parse_args(argv)
@@ -67,15 +66,13 @@ def run(args, checkpoints, resume_command):
     ):
         trainer = Trainer(clips, args.batch_size, args.lr, args.seed, device, precision)
         info = {"settings": settings(args, clips, device, precision), "data": clips.fingerprint()}
-        history = None
+        history = []
         if args.pre_train == 1:
             history = resume(trainer, checkpoints, info)
-            checkpoint.save(args.models / "generator.pt", trainer.generator_state())
             if trainer.seed != args.seed:
                 print(f"note: --seed {args.seed} has no effect: this run has {trainer.seed}")
             if trainer.epoch >= args.epochs:
-                print(f"nothing to do: it is at epoch {trainer.epoch}; raise --epochs to continue")
-                return
+                print(f"note: it is at epoch {trainer.epoch} already; raise --epochs to continue")
         else:
             for path in utils.archive_run(args.models, args.videos):
                 print(f"moved an older run to {path}")
@@ -93,7 +90,7 @@ def run(args, checkpoints, resume_command):
             except BaseException as error:
                 with contextlib.suppress(OSError):
                     log.plot()
-                    page.write(trainer.epoch, log, f"stopped by {type(error).__name__}: {error}")
+                    page.write(trainer.epoch, log, f"stopped by {error!r}")
                 raise
             log.plot()
             done = trainer.epoch >= args.epochs
@@ -141,7 +138,7 @@ def resume(trainer, checkpoints, info):
                 f"{then['clips']} with {then['frames']} frames then, "
                 f"{now['clips']} with {now['frames']} now"
             )
-        return {"names": list(state["history"]["names"]), "rows": state["history"]["rows"]}
+        return list(state["history"])
     except (AttributeError, LookupError, TypeError, ValueError) as reason:
         message = f"{path}: cannot resume from it ({reason}); leave --pre-train out to start again"
         raise UserError(message) from reason
@@ -155,7 +152,7 @@ def describe(args, trainer, precision):
         where += f", {torch.get_num_threads()} threads"
     actions = f"{len(clips.actions)} actions ({' '.join(clips.actions)})"
     sizes = (
-        f"{name} {sum(weight.numel() for weight in net.parameters()):,}"
+        f"{name} {sum(param.numel() for param in net.parameters()):,}"
         for name, net in trainer.networks.items()
     )
     return {
@@ -176,9 +173,9 @@ def announce_stop():
 def main(argv=None):
     args = parse_args(argv)
     checkpoints = Checkpoints(args.models, args.keep)
-    command = ["python", "main.py", *argv] if argv is not None else sys.orig_argv
-    if utils.IN_IPYTHON:
-        command = ["%run", *sys.argv]
+    command = ["%run", *sys.argv] if utils.IN_IPYTHON else sys.orig_argv
+    if argv is not None:
+        command = ["python", "main.py", *argv]
     resume_command = shlex.join([*command, *["--pre-train", "1"] * (args.pre_train != 1)])
 
     def advice():

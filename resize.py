@@ -154,7 +154,8 @@ def download(raw, url=URL):
             if zipfile.ZipFile(archive).testzip():
                 raise zipfile.BadZipFile("damaged zip")
         except Exception as error:  # urllib, http.client and zipfile raise two dozen kinds
-            archive.unlink(missing_ok=True)
+            if not isinstance(error, OSError):  # then it is damaged
+                archive.unlink(missing_ok=True)
             raise UserError(
                 f"cannot download {source}: {getattr(error, 'reason', None) or error}; run the "
                 "same again, name a mirror with --url, or do without the data with --synthetic"

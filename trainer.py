@@ -41,9 +41,9 @@ class Trainer:
 
     clips: a ClipDataset; it gives the size of the frames, T, and the lengths of the videos.
     seed: of the first weights, the sampled clips and windows, and the noise.
-    precision: "fp32" or "bf16", the type of the convolutions; R_M and the losses stay float32.
+    precision: "fp32" or "bf16", of G_I, D_I and D_V; R_M and the losses stay float32.
 
-    Everything random is sampled on the host from `rng`, so a seed means the same on every device.
+    All random numbers are sampled on the host, so a seed means the same on every device.
     """
 
     def __init__(self, clips, batch_size=16, lr=2e-4, seed=0, device="cpu", precision="fp32"):
@@ -215,7 +215,7 @@ class Trainer:
     def load_state(self, state):
         """Resume from what `state` returned, on any device.
 
-        Raises ValueError if it does not fit; the trainer is then of no more use.
+        Raises ValueError if it does not fit; discard the trainer then.
         """
         try:
             for name, network in self.networks.items():
@@ -225,10 +225,12 @@ class Trainer:
                 optimizer = getattr(self, name)
                 options = optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict({"state": state[name]["state"], "param_groups": options})
-                for weight in optimizer.param_groups[0]["params"]:
-                    moments = optimizer.state[weight]
-                    for key in ("exp_avg", "exp_avg_sq"):  # in the memory layout of the weight here
-                        moments[key] = torch.empty_like(weight).copy_(moments[key])
+                for param in optimizer.param_groups[0]["params"]:
+                    moments = optimizer.state[param]
+                    for key in ("exp_avg", "exp_avg_sq"):  # in the memory layout of `param` here
+                        moments[key] = torch.empty_like(param).copy_(moments[key])
+            if state["fixed_noise"][1].shape != self.fixed_noise[1].shape:
+                raise ValueError("it has another --frames")
             self.fixed_noise = tuple(noise.to(self.device) for noise in state["fixed_noise"])
             self.rng.set_state(state["rng"])
             self.epoch, self.seed = state["epoch"], int(state["seed"])
@@ -253,9 +255,9 @@ def save_samples(trainer, log, folder):
 
 def save_checkpoint(trainer, log, checkpoints, info, numbered=False):
     """Save the run as it stands, and its generator alone as generator.pt."""
-    content = {**trainer.state(), "history": log.history(), **info}
-    checkpoints.save(content, numbered)
+    content = {**trainer.state(), "history": log.rows, **info}
     checkpoint.save(checkpoints.folder / "generator.pt", trainer.generator_state())
+    checkpoints.save(content, numbered)
 
 
 def train(trainer, args, log, page, checkpoints, info, stop):
@@ -265,7 +267,8 @@ def train(trainer, args, log, page, checkpoints, info, stop):
     what a checkpoint holds besides the state; stop: once this list is not empty the epoch in hand
     is the last one. Raises TrainingError, before it is saved, at a metric that is not finite.
     """
-    if trainer.epoch == 0:
+    first_samples = trainer.epoch % args.sample_every == 0 or trainer.epoch >= args.epochs
+    if first_samples and not (args.videos / f"epoch-{trainer.epoch:06d}.gif").exists():
         save_samples(trainer, log, args.videos)
     saved = time.perf_counter()
     page_written = saved - PAGE_INTERVAL + 5  # the first page comes after five seconds

@@ -40,8 +40,8 @@ def one_line_errors(program, less_memory="", advice=lambda: ""):
 
     less_memory: what to do if memory is full; advice: called for what to add to the line.
     """
-    if hasattr(sys.stdout, "reconfigure"):  # a console without "×" shows "?"
-        sys.stdout.reconfigure(errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):  # a console without "×" shows "?", a log file is current
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         yield
         sys.stdout.flush()
@@ -127,8 +127,8 @@ def progress_bar(*iterable, **options):
 def graceful_stop(announce):
     """Catch SIGINT, SIGTERM and SIGHUP; yield the list of those that came.
 
-    `announce` is called at each. A second Ctrl-C raises KeyboardInterrupt. After SIGHUP, when the
-    terminal is gone, output is discarded. Signals that are ignored (nohup) stay ignored.
+    `announce` is called at each. Ctrl-C after any of them raises KeyboardInterrupt. Signals that
+    are ignored (nohup) stay ignored.
     """
     received = []
 
@@ -136,13 +136,11 @@ def graceful_stop(announce):
         if number == signal.SIGINT and received:
             raise KeyboardInterrupt
         received.append(number)
-        if number == hangup:
-            discard_output()
         with contextlib.suppress(RuntimeError, OSError):  # it interrupted another print
             announce()
 
-    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-    numbers = {signal.SIGINT, signal.SIGTERM, hangup} - {None}
+    # Windows has no SIGHUP.
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
     caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, handler) for number in caught}
     try:
@@ -233,8 +231,10 @@ def atomic_write(path, previous=None):
         os.replace(part, path)
         with contextlib.suppress(OSError):  # not on Windows, nor on some network file systems
             parent = os.open(path.parent, os.O_RDONLY)
-            os.fsync(parent)  # so that the rename outlives a power cut
-            os.close(parent)
+            try:
+                os.fsync(parent)  # so that the rename outlives a power cut
+            finally:
+                os.close(parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

@@ -49,7 +49,7 @@ def test_benchmark_compares_the_epoch_with_the_naive_one(flags, tmp_path, capsys
     "flag, message",
     [
         ("--batch-size=0", "argument --batch-size: "),
-        ("--device=tpu", "there is no such device here"),
+        ("--device=tpu", "--device tpu: "),
         ("--data=nowhere", "nowhere: no such folder"),
         ("--turns=1", "batch 16: a process ended; is there enough memory?"),
     ],

@@ -108,7 +108,7 @@ def test_load_refuses_what_is_no_checkpoint(path):
     for version in (FORMAT - 1, 99):
         torch.save({"format": version, "epoch": 3}, path)
         with pytest.raises(
-            UserError, match=rf"checkpoint\.pt: .* \(format {version}, .* {FORMAT}\)"
+            UserError, match=rf"checkpoint\.pt: of another version .*{version}.*{FORMAT}"
         ):
             checkpoint.load(path)
 

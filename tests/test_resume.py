@@ -52,6 +52,7 @@ class Run:
 
     def __init__(self, processes, clips, path):
         self.processes, self.path, self.output = processes, path, path / "output"
+        self.process = None
         self.models, self.videos = path / "models", path / "videos"
         self.newest = self.models / "checkpoint.pt"
         self.flags = [f"--data={clips}", f"--models={self.models}", f"--videos={self.videos}"]
@@ -61,9 +62,9 @@ class Run:
     def start(self, *flags, prepare=None):
         self.path.mkdir(exist_ok=True)
         args = [*self.flags, *flags], self.output, prepare
-        process = self.processes.Process(target=small.process, args=args, daemon=True)
-        process.start()
-        return process
+        self.process = self.processes.Process(target=small.process, args=args)
+        self.process.start()
+        return self.process
 
     def finish(self, process, status):
         """Wait until the process ends with that status. Returns what it printed."""
@@ -106,7 +107,10 @@ class Run:
 
 @pytest.fixture
 def run(processes, clips_folder, tmp_path):
-    return Run(processes, clips_folder, tmp_path / "run")
+    run = Run(processes, clips_folder, tmp_path / "run")
+    yield run
+    if run.process:
+        run.process.kill()  # a failed test may have left it waiting
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +158,7 @@ def test_resume_pieces_equal_uninterrupted(run, uninterrupted, cuts):
         run.resume(f"--epochs={epochs}", "--checkpoint-every=1000")
     output = run.resume()
     assert f"resuming from {run.newest}, epoch {cuts[-1]}\n" in output
-    assert f"epochs {cuts[-1] + 1} to {EPOCHS}\n" in output
+    assert f"epochs {cuts[-1] + 1} to {EPOCHS}\n" in output and "the clips have" not in output
     assert_same(run, uninterrupted)
 
 
@@ -231,8 +235,9 @@ def at_save(epoch, names, number, *signals):
         return wrapper
 
     def patched_save(the_trainer, *args):
-        saving[:] = [1] * (the_trainer.epoch == epoch)
+        saving.extend([1] * (the_trainer.epoch == epoch))
         save(the_trainer, *args)
+        saving.clear()
 
     trainer.save_checkpoint = patched_save
     if names == ["write"]:
@@ -482,13 +487,13 @@ def test_out_of_memory_while_loading_is_no_damage(run, uninterrupted):
 
 def limit_memory():
     with open("/proc/self/statm") as file:
-        size = int(file.read().split()[0]) * resource.getpagesize() + 2**29
+        size = int(file.read().split()[0]) * resource.getpagesize() + 5 * 2**28
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc/self/statm")
 def test_out_of_memory_for_a_large_batch(run):
-    assert run.error("--batch-size=5000", status=1, prepare=limit_memory) == LESS_MEMORY
+    assert run.error("--batch-size=3000", status=1, prepare=limit_memory) == LESS_MEMORY
 
 
 def spoil_weight(epoch):
@@ -518,24 +523,14 @@ def test_not_finite_is_not_saved(run, uninterrupted, every, saved, message):
     assert_same(run, uninterrupted)
 
 
-def fail_gif(name):
-    save_gif = trainer.save_gif
-
-    def patched(path, *args):
-        if path.name == name:
-            fail(OSError(28, "No space left on device", str(path)))
-        save_gif(path, *args)
-
-    trainer.save_gif = patched
-
-
 def test_gif_that_cannot_be_written_costs_no_epoch(run, uninterrupted):
-    gif = "epoch-000003.gif"
-    line = run.error("--checkpoint-every=1000", status=1, prepare=partial(fail_gif, gif))
-    reason = f"{run.videos / gif}: No space left on device; free some space"
-    assert line.startswith(reason + run.safe(3))
+    gif = run.videos / "epoch-000003.gif"
+    prepare = partial(small.at_epoch, 2, gif.mkdir)
+    line = run.error("--checkpoint-every=1000", status=1, prepare=prepare)
+    assert line.startswith(f"{gif}: Is a directory{run.safe(3)}")
+    gif.rmdir()
     run.resume()
-    shutil.copy(uninterrupted.videos / gif, run.videos)
+    shutil.copy(uninterrupted.videos / gif.name, gif)
     assert_same(run, uninterrupted)
 
 
@@ -559,26 +554,21 @@ def test_other_clips_are_noted_or_end_the_run(run, tmp_path, clips_folder):
     shutil.copytree(clips_folder, clips)
     run.flags[0] = f"--data={clips}"
     run.train("--epochs=1")
-    first, second, *_ = paths = sorted(clips.rglob("*.npy"))
-    frames = sum(len(np.load(path)) for path in paths)
-    note = "note: the clips have changed, in name or content: "
-    note += f"{len(paths)} with {frames} frames then, "
-    assert note not in run.resume("--epochs=2")
-    pixels = np.load(first)
-    pixels[0, 5, 5] ^= 1
-    np.save(first, pixels)
-    assert f"{note}{len(paths)} with {frames} now" in run.resume("--epochs=3")
-    gone = len(np.load(second))
-    second.unlink()
-    process = run.start("--pre-train=1", prepare=partial(small.at_epoch, 5, small.wait, run.path))
+    arrays = {path: np.load(path) for path in clips.rglob("*.npy")}
+    path, pixels = arrays.popitem()
+    path.unlink()
+    prepare = partial(small.at_epoch, 2, small.wait, run.path)
+    process = run.start("--pre-train=1", prepare=prepare)
     run.wait_for("waiting")
-    for path in clips.rglob("*.npy"):
+    for path in arrays:
         np.save(path, np.zeros((20, 48, 48, 3), np.uint8))
     (run.path / "released").touch()
     output = run.finish(process, status=1)
-    assert f"{note}{len(paths) - 1} with {frames - gone} now" in output
+    now = sum(len(clip) for clip in arrays.values())
+    counts = f"{len(arrays) + 1} with {now + len(pixels)} frames then, {len(arrays)} with {now} now"
+    assert f"note: the clips have changed, in name or content: {counts}\n" in output
     changed = "has changed: it is uint8 (20, 48, 48, 3) now"
-    assert changed + run.safe(5) in output.splitlines()[-1]
+    assert changed + run.safe(2) in output.splitlines()[-1]
 
 
 def test_damaged_newest_falls_back_to_previous(run, uninterrupted):
@@ -614,7 +604,7 @@ def test_second_run_is_refused(run, processes, clips_folder, tmp_path):
     second.output = tmp_path / "output"
     for folder, flag in ((run.models, "--videos"), (run.videos, "--models")):
         line = second.error(f"{flag}={tmp_path / 'elsewhere'}", status=2)
-        assert line.startswith(f"{folder}: another run is writing there; wait until it ends, ")
+        assert line.startswith(f"{folder}: another run is writing there; wait")
     process.kill()  # which frees the folders
     process.join()
     run.train("--epochs=1")
@@ -623,10 +613,10 @@ def test_second_run_is_refused(run, processes, clips_folder, tmp_path):
 @pytest.mark.parametrize(
     "change, flags, reason",
     [
-        ({"format": 99}, [], "of another version of this program (format 99, this one reads "),
+        ({"format": 99}, [], "of another version of this program (99, not "),
         ({"networks": {}}, [], "cannot resume from it ('R_M'); "),
         ({"rng": {}}, [], "cannot resume from it ("),
-        ({}, ["--frames=32"], r"cannot resume from it (Error(s) in loading state_dict for VideoD"),
+        ({}, ["--frames=32"], "cannot resume from it (Error(s) in loading state_dict"),
     ],
 )
 def test_foreign_checkpoint_is_refused(run, uninterrupted, change, flags, reason):
@@ -636,4 +626,4 @@ def test_foreign_checkpoint_is_refused(run, uninterrupted, change, flags, reason
     before = run.newest.read_bytes()
     line = run.error("--pre-train=1", *flags, status=2)
     assert line.startswith(f"{run.newest}: {reason}")
-    assert "start" in line and "to resume" not in line and run.newest.read_bytes() == before
+    assert "to resume" not in line and run.newest.read_bytes() == before

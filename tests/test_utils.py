@@ -21,14 +21,14 @@ def in_fork(function, stdout=1, stderr=2):
     """Run `function` in a fork of this process; returns its exit status, 99 after an error."""
     pid = os.fork()
     if pid == 0:
-        status = 99
+        status = None
         try:
             os.dup2(stdout, 1)
             os.dup2(stderr, 2)
             sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
             status = function()
         finally:
-            os._exit(status)
+            os._exit(99 if status is None else status)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -54,12 +54,13 @@ def test_one_line_errors_prints_a_line_and_exits(error, status, message, capsys,
     monkeypatch.setattr(utils, "IN_IPYTHON", True)  # where an exit looks like an error
     with utils.one_line_errors("p.py", "take less", lambda: "; advice"):
         raise error
-    assert capsys.readouterr().err == f"{line[:-1]}; advice\n"
+    advice = "" if status == 2 else "; advice"  # bad input says itself what to do
+    assert capsys.readouterr().err == f"{line[:-1]}{advice}\n"
     with pytest.raises(RuntimeError), utils.one_line_errors("p.py"):
         raise RuntimeError("of our own")
 
 
-def test_closed_pipe_ends_a_program_in_one_line_at_most():
+def test_closed_pipe_ends_a_program_in_one_line_at_most(tmp_path):
     def child():
         try:
             with utils.one_line_errors("p.py"):
@@ -68,10 +69,11 @@ def test_closed_pipe_ends_a_program_in_one_line_at_most():
             sys.stdout.flush()  # as Python does when it exits
             return exit_.code
 
-    (reader, closed), (error_reader, error_writer) = os.pipe(), os.pipe()
+    reader, closed = os.pipe()
     os.close(reader)
-    assert in_fork(child, closed, error_writer) == in_fork(child, closed, closed) == 1
-    assert os.read(error_reader, 999) == b"p.py: error: [Errno 32] Broken pipe\n"
+    with open(tmp_path / "stderr", "w") as stderr:
+        assert in_fork(child, closed, stderr.fileno()) == in_fork(child, closed, closed) == 1
+    assert (tmp_path / "stderr").read_text() == "p.py: error: [Errno 32] Broken pipe\n"
 
 
 def test_number_is_within_limits_or_refused_in_one_line(capsys):
@@ -113,7 +115,7 @@ def test_graceful_stop_notes_signals_and_restores_handlers(handlers):
     assert handlers() == before
 
 
-def test_graceful_stop_discards_output_when_the_terminal_is_gone(handlers):
+def test_graceful_stop_discards_output_when_the_terminal_is_gone(handlers, tmp_path):
     def child():
         with graceful_stop(lambda: None) as received:
             os.write(1, b"before")
@@ -121,22 +123,22 @@ def test_graceful_stop_discards_output_when_the_terminal_is_gone(handlers):
             os.write(1, b"after")
         return len(received)
 
-    reader, writer = os.pipe()
-    assert in_fork(child, writer) == 1 and os.read(reader, 99) == b"before"
+    with open(tmp_path / "stdout", "w") as stdout:
+        assert in_fork(child, stdout.fileno()) == 1
+    assert (tmp_path / "stdout").read_text() == "before"
 
 
 def test_pick_device_gives_an_index_and_refuses_others(monkeypatch):
     assert utils.pick_device("cpu") == torch.device("cpu")
-    for name in ("tpu", "meta", "cuda:99"):
-        with pytest.raises(UserError, match=f"--device {name}: (there is no|must be one of)"):
+    for name in ("tpu", "cuda:99"):
+        with pytest.raises(
+            UserError, match=f"^--device {name}: .*; try auto, cpu, cuda, cuda:1, mps$"
+        ):
             utils.pick_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with FakeTensorMode():
         for name in ("auto", "cuda", "cuda:0"):
             assert utils.pick_device(name) == torch.device("cuda:0")
-    monkeypatch.setattr(torch, "zeros", mock.Mock(side_effect=torch.OutOfMemoryError()))
-    with pytest.raises(UserError, match="its memory is full"):
-        utils.pick_device("cuda")
 
 
 @pytest.mark.parametrize("native, precision", [(True, "bf16"), (False, "fp32")])
@@ -178,11 +180,11 @@ def test_set_up_device_keeps_freed_memory_for_the_next_epoch():
         faults = []
         for set_up in (lambda: None, lambda: utils.set_up_device(torch.device("cpu"))):
             set_up()
-            for _ in range(4):
+            for _ in range(8):
                 tensors = [torch.ones(5_000_000) for _ in range(3)]
                 del tensors
                 faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-        return 0 if faults[7] - faults[5] < (faults[3] - faults[1]) / 5 else 1
+        return 0 if faults[15] - faults[11] < (faults[7] - faults[3]) / 5 else 1
 
     assert in_fork(child) == 0
 
