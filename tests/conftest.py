@@ -1,8 +1,12 @@
 """Fixtures: real clips where ../shared/weizmann exists, synthetic ones elsewhere."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+# Threads that wait must not spin: on a busy machine that makes an epoch ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import imageio.v3 as iio
 import numpy as np
