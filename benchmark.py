@@ -39,8 +39,8 @@ class NaiveTrainer:
         self.device, self.sample_batch = trainer.device, trainer.sample_batch
         self.networks = {name: copy.deepcopy(net) for name, net in trainer.networks.items()}
         for network in self.networks.values():
-            for weight in network.parameters():
-                weight.data = weight.data.contiguous()
+            for param in network.requires_grad_(True).parameters():
+                param.data = param.data.contiguous()
         self.adams = {
             name: torch.optim.Adam(net.parameters(), lr, BETAS, foreach=False, fused=False)
             for name, net in self.networks.items()

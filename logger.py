@@ -12,17 +12,16 @@ from utils import atomic_write
 class Logger:
     """Logs the metrics of every epoch into `folder`.
 
-    history: the rows of an earlier part of the run, which losses.csv begins with. `rows`: a dict of
-    metrics for each epoch so far. `board_error`: why nothing goes to TensorBoard, or None. The
-    methods raise OSError.
+    history: of an earlier part of the run, from `history`. `rows`: a dict of metrics for each epoch
+    so far. `board_error`: why nothing goes to TensorBoard, or None. All of it raises OSError.
     """
 
-    def __init__(self, folder, history=()):
-        self.rows = list(history)
+    def __init__(self, folder, history=None):
+        columns = {name: column.tolist() for name, column in (history or {}).items()}
+        self.rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
         self.pending = []  # metrics of epochs that still lie on the device
-        self.png = folder / "losses.png"
-        self.csv = open(folder / "losses.csv", "w")  # noqa: SIM115 (closed by __exit__)
-        self.names = []  # the columns of losses.csv
+        self.folder = folder
+        self.csv, self.names = None, []  # losses.csv, once there is a row to write, and its columns
         self.board = self.board_error = None
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -61,7 +60,8 @@ class Logger:
         return rows
 
     def _write_csv(self, rows):
-        if not self.names:  # begin the file
+        if not self.csv:
+            self.csv = open(self.folder / "losses.csv", "w")  # noqa: SIM115 (closed by __exit__)
             self.names, rows = list(rows[0]), self.rows
             self.csv.write(",".join(self.names) + "\n")
         for row in rows:
@@ -74,9 +74,15 @@ class Logger:
             self.board.add_image(name, image, epoch, dataformats="HWC")
             self.board.flush()
 
+    def history(self):
+        """All metrics so far, for a checkpoint: a dict of tensors, (epochs,) each, by name."""
+        names = {**self.rows[0], **self.rows[-1]} if self.rows else {}
+        rows = self.rows
+        return {name: torch.tensor([row.get(name, np.nan) for row in rows]) for name in names}
+
     def plot(self):
         """Plot losses.png: the losses on images and on videos, side by side."""
-        with atomic_write(self.png) as file:
+        with atomic_write(self.folder / "losses.png") as file:
             self.figure("image", "video").savefig(file, format="png", dpi=100)
 
     def figure(self, *kinds):
@@ -106,4 +112,5 @@ class Logger:
     def __exit__(self, error_type, *_):
         if error_type is None and self.board:
             self.board.close()
-        self.csv.close()
+        if self.csv:
+            self.csv.close()

@@ -66,7 +66,7 @@ def run(args, checkpoints, resume_command):
     ):
         trainer = Trainer(clips, args.batch_size, args.lr, args.seed, device, precision)
         info = {"settings": settings(args, clips, device, precision), "data": clips.fingerprint()}
-        history = []
+        history = None
         if args.pre_train == 1:
             history = resume(trainer, checkpoints, info)
             if trainer.seed != args.seed:
@@ -138,7 +138,7 @@ def resume(trainer, checkpoints, info):
                 f"{then['clips']} with {then['frames']} frames then, "
                 f"{now['clips']} with {now['frames']} now"
             )
-        return list(state["history"])
+        return state["history"]
     except (AttributeError, LookupError, TypeError, ValueError) as reason:
         message = f"{path}: cannot resume from it ({reason}); leave --pre-train out to start again"
         raise UserError(message) from reason

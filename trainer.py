@@ -255,7 +255,7 @@ def save_samples(trainer, log, folder):
 
 def save_checkpoint(trainer, log, checkpoints, info, numbered=False):
     """Save the run as it stands, and its generator alone as generator.pt."""
-    content = {**trainer.state(), "history": log.rows, **info}
+    content = {**trainer.state(), "history": log.history(), **info}
     checkpoint.save(checkpoints.folder / "generator.pt", trainer.generator_state())
     checkpoints.save(content, numbered)
 

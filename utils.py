@@ -125,7 +125,7 @@ def progress_bar(*iterable, **options):
 
 @contextlib.contextmanager
 def graceful_stop(announce):
-    """Catch SIGINT, SIGTERM and SIGHUP; yield the list of those that came.
+    """Catch SIGINT, SIGTERM and SIGHUP (not on Windows); yield the list of those that came.
 
     `announce` is called at each. Ctrl-C after any of them raises KeyboardInterrupt. Signals that
     are ignored (nohup) stay ignored.
@@ -139,7 +139,6 @@ def graceful_stop(announce):
         with contextlib.suppress(RuntimeError, OSError):  # it interrupted another print
             announce()
 
-    # Windows has no SIGHUP.
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
     caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, handler) for number in caught}
