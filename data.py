@@ -76,7 +76,6 @@ class ClipDataset:
         self.actions = sorted(set(actions) - {None})
         self.labels = torch.tensor([self.actions.index(a) if a else -1 for a in actions])
         self.num_frames = int(self.lengths.sum())
-        self.num_bytes = self.num_frames * self.size**2 * 3
         self.pixels = None  # all frames, on the device of `to`
 
     def __len__(self):

@@ -27,10 +27,7 @@ class Page:
         self.folder, self.epochs, self.facts = folder, epochs, facts
 
     def write(self, epoch, log, state="training"):
-        """Write the page as of `epoch`. log: a Logger; state: "training", or how the run ended.
-
-        Raises OSError.
-        """
+        """Write the page as of `epoch`. state: "training", or how it ended. Raises OSError."""
         samples = self._samples(epoch)
         newest = max(samples, default=epoch)
         refresh = REFRESH if state == "training" else 0

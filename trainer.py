@@ -74,7 +74,7 @@ class Trainer:
         self.fixed_noise = self.generator.sample_noise(NUM_SAMPLES, clips.frames, self.rng)
         if self.device.type == "cuda":
             free_memory, _ = torch.cuda.mem_get_info(self.device)
-            if clips.num_bytes < free_memory / 2:
+            if 3 * clips.num_frames * clips.size**2 < free_memory / 2:
                 clips.to(self.device)
 
     @property

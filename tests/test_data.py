@@ -11,17 +11,15 @@ from utils import TrainingError, UserError
 LENGTHS = (16, 18, 30)
 
 
-def write_clip(path, n=20, size=32, start=0):
-    """Write a clip whose frame k is filled with the value start + k."""
-    values = (start + np.arange(n, dtype=np.uint8))[:, None, None, None]
+def write_clip(path, n=20, size=32):
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, np.broadcast_to(values, (n, size, size, 3)))
+    np.save(path, np.random.default_rng(n).integers(0, 256, (n, size, size, 3), dtype=np.uint8))
 
 
 @pytest.fixture
 def three(tmp_path):
-    for name, n, start in zip(("c.npy", "run/a.npy", "walk/b.npy"), LENGTHS, (0, 50, 100)):
-        write_clip(tmp_path / name, n, start=start)
+    for name, n in zip(("c.npy", "run/a.npy", "walk/b.npy"), LENGTHS):
+        write_clip(tmp_path / name, n)
     return ClipDataset(tmp_path)
 
 
@@ -49,34 +47,25 @@ def test_every_clip_and_position_is_sampled_evenly(three):
 
 
 def test_sample_gives_windows_frames_and_labels_of_the_arrays(three, monkeypatch):
-    """The value of a frame tells its clip and its place."""
-    clip, start, frame = (torch.tensor(x) for x in ([0, 2, 2, 1], [0, 14, 3, 2], [15, 0, 29, 7]))
-    monkeypatch.setattr(three, "sample_indices", lambda *_: (clip, start, frame))
+    clip, start, frame = [0, 2, 2, 1], [0, 14, 3, 2], [15, 0, 29, 7]
+    indices = tuple(torch.tensor(x) for x in (clip, start, frame))
+    monkeypatch.setattr(three, "sample_indices", lambda *_: indices)
     windows, frames, labels = three.sample(4, None)
     assert windows.shape == (4, 3, 16, 32, 32) and frames.shape == (4, 3, 32, 32)
     assert windows.is_contiguous(memory_format=torch.channels_last_3d)
-    expected = torch.tensor([0, 114, 103, 52])[:, None] + torch.arange(16)
-    assert (windows == expected[:, None, :, None, None]).all()
-    assert (frames == torch.tensor([15, 100, 129, 57])[:, None, None, None]).all()
+    for i, (c, s, f) in enumerate(zip(clip, start, frame)):
+        array = np.load(three.paths[c])
+        assert (windows[i].numpy() == array[s : s + 16].transpose(3, 0, 1, 2)).all()
+        assert (frames[i].numpy() == array[f].transpose(2, 0, 1)).all()
     assert labels.tolist() == [-1, 1, 1, 0]
 
 
 def test_resident_clips_give_the_same_batch(clips_folder):
-    """As in the memory of a GPU."""
     read, resident = ClipDataset(clips_folder), ClipDataset(clips_folder)
-    resident.to("cpu")
+    resident.to("cpu")  # as in the memory of a GPU
     resident.clip = None  # nothing is read any more
     batches = [clips.sample(8, torch.Generator().manual_seed(0)) for clips in (read, resident)]
     assert all(torch.equal(a, b) for a, b in zip(*batches))
-    assert resident.pixels.numel() == read.num_bytes
-
-
-def test_layout_is_channels_first_of_rgb(tmp_path):
-    clip = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
-    np.save(tmp_path / "a.npy", clip)
-    batch = ClipDataset(tmp_path).sample(1, torch.Generator().manual_seed(0))
-    assert (batch.windows[0].numpy() == clip.transpose(3, 0, 1, 2)).all()
-    assert any((batch.frames[0].numpy() == frame.transpose(2, 0, 1)).all() for frame in clip)
 
 
 def test_changed_or_removed_clip_is_an_error(three, tmp_path):
@@ -88,15 +77,14 @@ def test_changed_or_removed_clip_is_an_error(three, tmp_path):
         change()
         with pytest.raises(TrainingError, match=r"b\.npy has changed: "):
             three.clip(2)
-    assert len(three.clip(1)) == 18
 
 
 def test_fingerprint_tells_data_sets_apart(three, tmp_path):
     before, clip = three.fingerprint(), np.array(three.clip(2))
     assert before["clips"] == 3 and before["frames"] == 64
     first_frame, last_frame = clip.copy(), clip.copy()
-    first_frame[0, 0, 0, 0] += 1
-    last_frame[-1, 0, 0, 0] += 1
+    first_frame[0, 0, 0, 0] ^= 1
+    last_frame[-1, 0, 0, 0] ^= 1
     shorter = np.delete(clip, 1, axis=0)
     for name, other in (("b", shorter), ("b", first_frame), ("b", last_frame), ("d", clip)):
         (tmp_path / "walk/b.npy").unlink()
@@ -128,7 +116,6 @@ def test_arrays_that_are_no_clips_are_skipped(tmp_path):
     np.save(tmp_path / "float.npy", np.zeros((20, 32, 32, 3)))
     np.save(tmp_path / "wide.npy", np.zeros((20, 32, 64, 3), np.uint8))
     np.save(tmp_path / "grey.npy", np.zeros((20, 32, 32), np.uint8))
-    np.save(tmp_path / "objects.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
     (tmp_path / "pickle.npy").write_bytes(pickle.dumps(Bomb()))
     np.savez(tmp_path / "zip", np.zeros(3))
     (tmp_path / "zip.npz").rename(tmp_path / "zip.npy")
@@ -139,7 +126,7 @@ def test_arrays_that_are_no_clips_are_skipped(tmp_path):
     clips = ClipDataset(tmp_path)
     assert [name.name for name in clips.names] == ["good.npy", "good2.npy"]
     reasons = {line.split(": ")[0].split("/")[-1][:-4]: line for line in clips.skipped}
-    skipped = "short large odd float wide grey objects pickle zip header cut empty"
+    skipped = "short large odd float wide grey pickle zip header cut empty"
     assert set(reasons) == set(skipped.split())
     assert "15 frames, shorter than a window of 16" in reasons["short"]
     assert "64 pixels wide, most are 32" in reasons["large"]
@@ -161,12 +148,3 @@ def test_missing_folder_and_missing_clips_are_errors(tmp_path):
     write_clip(tmp_path / "short.npy", 3)
     with pytest.raises(UserError, match=r"1 skipped; .*short\.npy: 3 frames"):
         ClipDataset(tmp_path)
-
-
-def test_links_to_folders_are_followed(tmp_path):
-    write_clip(tmp_path / "elsewhere/a.npy", 16)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/walk").symlink_to(tmp_path / "elsewhere")
-    clips = ClipDataset(tmp_path / "data")
-    assert [name.as_posix() for name in clips.names] == ["walk/a.npy"]
-    assert clips.actions == ["walk"]

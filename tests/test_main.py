@@ -72,8 +72,10 @@ def tiles(gif):
     return np.stack([tile for row in rows for tile in row], axis=1)
 
 
-def test_usage_is_the_published_one():
-    usage = run("main.py", "-h").stdout
+def test_usage_is_the_published_one(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["-h"])
+    usage = capsys.readouterr().out
     assert re.match(
         r"usage: main\.py \[-h\] \[--batch-size BATCH_SIZE\] \[--epochs EPOCHS\]\s+"
         r"\[--pre-train PRE_TRAIN\]",
@@ -149,12 +151,6 @@ def test_samples_are_those_of_the_checkpoint(finished):
         with torch.no_grad():
             video = generator(*(noise[i : i + 1] for noise in content["fixed_noise"]))[0]
         assert np.abs(to_uint8(video).permute(1, 2, 3, 0).numpy() - shown[:, i]).mean() < 8
-    # one epoch earlier each video is most like itself: the noise is the same
-    before, after = (
-        tiles(folders.videos / f"epoch-00000{n}.gif").mean(axis=0).reshape(16, -1) for n in (2, 3)
-    )
-    distance = ((before[:, None] - after[None]) ** 2).mean(axis=2)
-    assert (distance.argmin(axis=1) == np.arange(16)).mean() > 0.8
 
 
 def test_generator_pt_is_enough_to_generate(finished, tmp_path):
@@ -180,19 +176,16 @@ def test_pieces_at_full_width_equal_uninterrupted(finished, clips_folder, tmp_pa
     ]
 
 
-def test_finished_run_has_nothing_to_do_but_its_generator(folders, capsys):
-    """A kill between a checkpoint and its generator.pt leaves an old one: resuming mends it."""
-    folders.train("--epochs=1")
-    path = folders.models / "generator.pt"
-    intact = path.read_bytes()
-    for damage in (path.unlink, lambda: path.write_bytes(intact[:-9])):
-        damage()
-        before = folders.files()
-        folders.train("--epochs=1", "--pre-train=1")
-        assert capsys.readouterr().out.splitlines()[-1].startswith("nothing to do: ")
-        assert path.read_bytes() == intact
-        changed = {p for p, time in folders.files().items() if before.get(p) != time}
-        assert changed <= {path, folders.models / ".lock", folders.videos / ".lock"}
+def test_finished_run_is_left_as_it_is(folders, capsys):
+    folders.train("--epochs=2")
+    names = ("checkpoint.pt", "generator.pt", "losses.csv")
+    before = [(folders.models / name).read_bytes() for name in names]
+    (folders.videos / "epoch-000002.gif").unlink()
+    folders.train("--epochs=2", "--pre-train=1")
+    note = "note: it is at epoch 2 already; raise --epochs to continue\n"
+    assert note in capsys.readouterr().out
+    assert before == [(folders.models / name).read_bytes() for name in names]
+    assert "epoch-000002.gif" in folders.gifs()
 
 
 def test_new_run_archives_the_old_one(folders, capsys):
@@ -224,7 +217,7 @@ def test_bfloat16_trains_on_every_device(folders, device):
     [
         ("--batch-size=0", "argument --batch-size: 0 is not from 1 to 1000000"),
         ("--epochs=1.5", "argument --epochs: invalid int value: '1.5'"),
-        (f"--epochs=1{'0' * 400}", "is not from 1 to 1000000000"),
+        (f"--epochs=1{'0' * 400}", "is not from 1 to 999999"),
         ("--pre-train=2", "argument --pre-train: 2 is not from -1 to 1"),
         ("--lr=nan", "argument --lr: nan is not from 1e-12 to 1"),
         ("--checkpoint-minutes=inf", "argument --checkpoint-minutes: inf is not from 0"),

@@ -14,7 +14,7 @@ from torchvision.utils import make_grid
 
 import video
 from utils import UserError
-from video import LabelledGrid, Unusable, enlarge, read_frames, save_video, video_grid
+from video import LabelledGrid, enlarge, read_frames, save_video, video_grid
 
 
 def moving_square(frames, height=24, width=40):
@@ -71,17 +71,16 @@ def test_save_video_replaces_a_file_only_when_complete(tmp_path, name):
     assert len(read_back(tmp_path / name)) == 5
 
 
-def test_save_video_refuses_what_a_format_cannot_do(tmp_path):
-    with pytest.raises(UserError, match=r"a\.avi: unknown format, choose one of gif, mp4"):
-        save_video(tmp_path / "a.avi", iter(moving_square(2)))
-    with pytest.raises(UserError, match="at most 50 frames per second: use mp4 for 60"):
-        save_video(tmp_path / "a.gif", iter(moving_square(2)), 60)
-
-
-def test_save_npy_writes_what_numpy_writes(tmp_path):
-    save_video(tmp_path / "a.npy", iter(moving_square(7)))
-    np.save(tmp_path / "numpy.npy", moving_square(7))
-    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+def test_save_video_refuses_what_it_cannot_do(tmp_path, monkeypatch):
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE", raising=False)
+    monkeypatch.setattr("imageio_ffmpeg._utils._get_ffmpeg_exe", lambda: None)
+    for name, message in (
+        ("a.avi", r"a\.avi: unknown format, choose one of gif, mp4"),
+        ("a.gif", "at most 50 frames per second: use mp4 for 60"),
+        ("a.mp4", "no ffmpeg here: pip install imageio-ffmpeg"),
+    ):
+        with pytest.raises(UserError, match=message):
+            save_video(tmp_path / name, iter(moving_square(2)), fps=60)
 
 
 def test_save_png_keeps_other_files(tmp_path):
@@ -118,14 +117,6 @@ def test_save_gif_durations_do_not_drift(tmp_path):
     assert Image.open(tmp_path / "a.gif").info["loop"] == 0
 
 
-def test_save_gif_stores_equal_frames_once(tmp_path):
-    still = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8).repeat(20, axis=0)
-    for name, length in (("1.gif", 1), ("20.gif", 20)):
-        save_video(tmp_path / name, iter(still[:length]))
-    assert sum(durations(tmp_path / "20.gif")) == 80
-    assert (tmp_path / "20.gif").stat().st_size < 1.1 * (tmp_path / "1.gif").stat().st_size
-
-
 def test_save_mp4_keeps_colours_and_time(tmp_path):
     colours = np.array([(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)], np.uint8)
     clip = np.broadcast_to(colours.repeat(16, axis=0)[None, None], (10, 32, 64, 3))
@@ -142,19 +133,12 @@ def test_save_mp4_keeps_colours_and_time(tmp_path):
     assert boxes.index(b"moov") < boxes.index(b"mdat")  # plays before it is fully loaded
 
 
-@pytest.mark.parametrize("name", ["-y.mp4", "a:b.mp4", "a b %05d ü.mp4"])
-def test_save_mp4_takes_odd_names(tmp_path, monkeypatch, name):
-    """FFmpeg takes some names for options, others for protocols or numbered files."""
+def test_save_mp4_takes_odd_names_and_odd_sizes(tmp_path, monkeypatch):
+    """Not as an option, a protocol or numbered files; the last row and column are repeated."""
     monkeypatch.chdir(tmp_path)
-    save_video(name, iter(moving_square(3)))
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-    (tmp_path / name).rename("a.mp4")
-    assert len(read_back(tmp_path / "a.mp4")) == 3
-
-
-def test_save_mp4_repeats_the_last_row_and_column_of_odd_sizes(tmp_path):
-    save_video(tmp_path / "a.mp4", iter(moving_square(6, 25, 41)))
-    frames = read_back(tmp_path / "a.mp4").astype(int)
+    save_video("-y:b %05d ü.mp4", iter(moving_square(6, 25, 41)))
+    assert [path.name for path in tmp_path.iterdir()] == ["-y:b %05d ü.mp4"]
+    frames = read_back((tmp_path / "-y:b %05d ü.mp4").rename(tmp_path / "a.mp4")).astype(int)
     assert frames.shape == (6, 26, 42, 3)
     assert np.abs(frames[:, 25] - frames[:, 24]).mean() < 10
     assert np.abs(frames[:, :, 41] - frames[:, :, 40]).mean() < 10
@@ -184,13 +168,6 @@ def test_save_mp4_raises_if_ffmpeg_fails(tmp_path, monkeypatch):
             save_video(tmp_path / "b.mp4", iter(frames))
         assert error.value.filename == str(tmp_path / "b.mp4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "ffmpeg"]
-
-
-def test_save_mp4_without_ffmpeg_tells_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE", raising=False)
-    monkeypatch.setattr("imageio_ffmpeg._utils._get_ffmpeg_exe", lambda: None)
-    with pytest.raises(UserError, match="no ffmpeg here: pip install imageio-ffmpeg"):
-        save_video(tmp_path / "a.mp4", iter(moving_square(2)))
 
 
 # ---------------------------------------------------------------- grids
@@ -224,9 +201,8 @@ def test_labelled_grid_places_videos_between_lines_and_labels(size):
     ink = (frame < 100).all(axis=2)
     for i, (y, x) in enumerate(itertools.product(tops, lefts)):
         assert (frame[y : y + size, x : x + size] == shades[i]).all()
-        assert (frame[y - 1, x : x + size] == 255).all() and (
-            frame[y : y + size, x - 1] == 255
-        ).all()
+        assert (frame[y - 1, x : x + size] == 255).all()
+        assert (frame[y : y + size, x - 1] == 255).all()
         assert ink[: grid.margin, x : x + size].any()  # a label above each column
         assert ink[y : y + size, : grid.margin].any()  # and left of each row
     swapped = LabelledGrid(["content 2", "content 1"], ["motion 1", "motion 2", "motion 3"], size)
@@ -245,19 +221,3 @@ def test_read_frames_splits_a_strip(tmp_path, axis):
     frames = moving_square(5, 32, 32)
     Image.fromarray(np.concatenate(frames, axis)).save(tmp_path / "a.PNG")
     assert np.array_equal(list(read_frames(tmp_path / "a.PNG")), frames)
-
-
-def test_read_frames_rejects_what_is_no_clip(tmp_path):
-    Image.new("RGB", (50, 20)).save(tmp_path / "odd.png")
-    for name in ("text.jpg", "text.mp4"):
-        (tmp_path / name).write_text("text")
-    for name, reason in (
-        ("odd.png", "50×20 is not a strip of square frames"),
-        ("text.jpg", "not an image that can be read"),
-        ("text.mp4", "not a video that can be read"),
-        ("\udcff.mp4", "not valid UTF-8"),
-    ):
-        with pytest.raises(Unusable, match=reason):
-            list(read_frames(tmp_path / name))
-    with pytest.raises(FileNotFoundError, match=r"missing\.mp4"):
-        list(read_frames(tmp_path / "missing.mp4"))
