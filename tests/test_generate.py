@@ -16,7 +16,7 @@ import generate
 from data import to_uint8
 from generate import BATCH, content_motion_grid, interpolation, load_generator, sample_contents
 from models import VideoGenerator
-from utils import UserError, lock_folders
+from utils import UserError
 from video import LabelledGrid
 
 
@@ -63,9 +63,6 @@ def call(path, out, *flags):
     return sorted(path.name for path in out.iterdir() if path.name != ".lock")
 
 
-# ---------------------------------------------------------------- videos
-
-
 def test_samples_are_standard_normal_and_differ_by_seed_and_index():
     z = sample_contents(3, range(500))
     assert z.shape == (500, 50) and abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
@@ -92,9 +89,6 @@ def test_video_is_the_output_of_the_networks(model, frames):
     assert (shown[1:] != shown[:-1]).any(axis=(1, 2, 3)).all()
     if frames > 16:  # a longer video begins as a shorter one
         assert_same(shown[:16], list(generate.video(load_generator(path), 16, seed=5, index=2)))
-
-
-# ---------------------------------------------------------------- grids
 
 
 def cells(frames, rows, columns):
@@ -131,14 +125,6 @@ def test_interpolation_leads_from_sample_to_sample_of_one_code(model, what):
         assert_same(grid[r, c], reference_video(network, *expected))
 
 
-def test_interpolate_keeps_the_distribution():
-    a, b = torch.randn(2, 1, 100_000, generator=torch.Generator().manual_seed(0))
-    between = generate.interpolate(a, b, 4)[0]
-    assert torch.equal(between[0], a[0]) and torch.equal(between[-1], b[0])
-    assert ((between.std(dim=1) - 1).abs() < 0.01).all()
-    assert torch.equal(generate.interpolate(a, b, 1), a[None])
-
-
 def test_grids_are_labelled(model, monkeypatch):
     labels = []
     monkeypatch.setattr(generate, "LabelledGrid", lambda *args: labels.append(args) or mock.Mock())
@@ -149,9 +135,6 @@ def test_grids_are_labelled(model, monkeypatch):
         (["content 1", "content 2"], ["motion 1", "motion 2", "motion 3"], 32),
         (["motion 1-2", "motion 3-4"], ["0%", "50%", "100%"], 32),
     ]
-
-
-# ---------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -196,15 +179,6 @@ def test_grids_are_written_in_the_asked_format_and_speed(model, tmp_path):
     path = tmp_path / "interpolate-content.mp4"
     assert iio.imread(path, plugin="FFMPEG").shape == (7, height, width, 3)
     assert iio.immeta(path, plugin="FFMPEG")["fps"] == 20
-
-
-def test_main_refuses_a_locked_folder(model, tmp_path, capsys):
-    with lock_folders(tmp_path), pytest.raises(SystemExit) as stop:
-        call(model[0], tmp_path, "--num=1")
-    assert stop.value.code == 2 and "another run is writing there" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------- memory, bad input
 
 
 @pytest.mark.parametrize("form", ["npy", "mp4"])

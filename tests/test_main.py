@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import small
 import torch
-from conftest import DEVICES, ROOT, run
+from conftest import ROOT, run
 from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -164,18 +164,6 @@ def test_generator_pt_is_enough_to_generate(finished, tmp_path):
     assert checkpoint.load(paths[0])["epoch"] == 3
 
 
-def test_pieces_at_full_width_equal_uninterrupted(finished, clips_folder, tmp_path):
-    pieces = Folders(clips_folder, tmp_path)
-    pieces.train("--epochs=2", "--sample-every=2")
-    pieces.train("--epochs=3", "--sample-every=2", "--pre-train=1")
-    mine, theirs = (checkpoint.load(f.models / "checkpoint.pt") for f in (pieces, finished[0]))
-    torch.testing.assert_close(mine["networks"], theirs["networks"], rtol=0, atol=0)
-    assert pieces.gifs() == finished[0].gifs()
-    assert [{**row, "seconds": 0} for row in pieces.losses()] == [
-        {**row, "seconds": 0} for row in finished[0].losses()
-    ]
-
-
 def test_finished_run_is_left_as_it_is(folders, capsys):
     folders.train("--epochs=2")
     names = ("checkpoint.pt", "generator.pt", "losses.csv")
@@ -206,12 +194,6 @@ def test_new_run_archives_the_old_one(folders, capsys):
     assert folders.gifs() == ["epoch-000000.gif", "epoch-000001.gif", "real.gif"]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_bfloat16_trains_on_every_device(folders, device):
-    folders.train("--epochs=2", "--precision=bf16", f"--device={device}")
-    assert all(float(row["loss_g_video"]) > 0 for row in folders.losses())
-
-
 @pytest.mark.parametrize(
     "arg, message",
     [
@@ -239,22 +221,15 @@ def test_bad_flags_are_refused_in_one_line(folders, capsys, arg, message):
     assert not folders.files()
 
 
-def test_scripts_run_without_docstrings(clips_folder, tmp_path):
-    """python -OO removes docstrings and asserts."""
-    code = """if True:
-        import contextlib, sys
-        import benchmark, generate, main, resize, small
-        for script in (benchmark, generate, resize):
-            with contextlib.suppress(SystemExit):
-                script.main(["-h"])
-        small.make_small()
-        main.main(sys.argv[1:])"""
-    args = [*Folders(clips_folder, tmp_path).args, "--epochs=1"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = subprocess.run(
-        [sys.executable, "-OO", "-c", code, *args], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0 and done.stdout.count("usage: ") == 3 and "done: " in done.stdout
+@pytest.mark.parametrize("script", ["main.py", "resize.py", "generate.py", "benchmark.py"])
+def test_scripts_run_without_docstrings(script, capsys):
+    """As python -OO compiles them; to compile PyTorch as well would take half a minute."""
+    module = {"__name__": "script", "__file__": script}
+    exec(compile((ROOT / script).read_text(), script, "exec", optimize=2), module)
+    assert "__doc__" not in module or module["__doc__"] is None
+    with pytest.raises(SystemExit):
+        module["main"](["-h"])
+    assert capsys.readouterr().out.startswith(f"usage: {script} ")
 
 
 def test_scripts_run_twice_in_one_ipython_kernel(weizmann, tmp_path):

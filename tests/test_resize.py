@@ -154,15 +154,6 @@ def test_bad_files_are_named_and_counted(tmp_path, monkeypatch):
     assert "WARN" not in done.stderr and "mp4" not in done.stderr  # FFmpeg and OpenCV are silent
 
 
-def test_one_folder_in_the_other_gives_each_clip_once(tmp_path, capsys):
-    outer, inner = tmp_path / "data", tmp_path / "data" / "inner"
-    write_strip(inner / "walk" / "a.png", 20)
-    write_strip(outer / "take:1 ü×%d.png", 20)
-    for raw, out in ((inner, outer), (outer, inner), (outer, outer)):
-        lines = resized(capsys, "--raw", raw, "--out", out)
-        assert lines[0].startswith("2 clips, 40 frames, 1 actions")
-
-
 @pytest.mark.parametrize("args, message", [
     (["--size", "90"], "invalid choice: 90 (choose from 32, 48, "),
     (["--download", "--synthetic"], "not allowed with"),

@@ -10,18 +10,15 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from functools import partial
 from multiprocessing import forkserver
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -158,7 +155,7 @@ def assert_same(run, uninterrupted, epoch=EPOCHS):
 def test_resume_pieces_equal_uninterrupted(run, uninterrupted, cuts):
     for epochs in cuts:
         run.resume(f"--epochs={epochs}", "--checkpoint-every=1000")
-    output = run.resume()
+    output = run.resume("--seed=8")  # which has no effect
     assert f"resuming from {run.newest}, epoch {cuts[-1]}\n" in output
     assert f"epochs {cuts[-1] + 1} to {EPOCHS}\n" in output and "the clips have" not in output
     assert_same(run, uninterrupted)
@@ -401,16 +398,6 @@ def test_checkpoints_by_the_clock_and_numbered(run):
     assert epochs == {"checkpoint": 7, "checkpoint-previous": 6, "checkpoint-000004": 4}
 
 
-def test_file_size_limit(run, uninterrupted):
-    run.train("--epochs=4")
-    size = run.newest.stat().st_size // 2
-    prepare = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
-    line = run.error("--pre-train=1", status=1, prepare=prepare)
-    assert line.startswith(f"{run.newest}: File too large; free some space{run.safe(4)}")
-    assert line.endswith(" --pre-train=1")
-    assert assert_intact(run, uninterrupted) == 4
-
-
 @pytest.mark.parametrize("megabytes, epoch", [(0.5, None), (2.5, 1)])
 def test_full_disk(run, uninterrupted, tmp_path, megabytes, epoch):
     """A checkpoint takes one megabyte."""
@@ -431,31 +418,6 @@ def test_full_disk(run, uninterrupted, tmp_path, megabytes, epoch):
         subprocess.run(["umount", run.path], check=True)
 
 
-def test_folders_without_permissions(processes, clips_folder, uninterrupted):
-    prepare = partial(os.seteuid, 65534) if os.geteuid() == 0 else None
-    denied = "Permission denied; change its permissions, or name another folder"
-    with tempfile.TemporaryDirectory() as path:  # pytest's own are closed to other users
-        clips = Path(path, "clips")
-        shutil.copytree(clips_folder, clips)
-        run = Run(processes, clips, Path(path, "run"))
-        for folder in (run.path, run.models, run.videos):
-            folder.mkdir()
-        for folder in (Path(path), clips, run.path, *clips.iterdir()):
-            folder.chmod(0o777)
-        for folder in (run.models, run.videos):
-            folder.chmod(0o555)
-            assert f"{folder}: {denied}" in run.error(status=2, prepare=prepare)
-            folder.chmod(0o777)
-        run.train("--epochs=2", prepare=prepare)
-        for closed in (clips, next(p for p in clips.iterdir() if p.is_dir()), run.newest):
-            closed.chmod(0)
-            line = run.error("--pre-train=1", status=1, prepare=prepare)
-            assert line.startswith(f"{closed}: {denied}")
-            closed.chmod(0o777)
-        run.resume()
-        assert_same(run, uninterrupted)
-
-
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 LESS_MEMORY = "not enough memory: take a smaller --batch-size"
 
@@ -469,27 +431,6 @@ def test_out_of_memory(run, uninterrupted, error):
     line = run.error(status=1, prepare=partial(small.at_epoch, 4, fail, error))
     assert line.startswith(LESS_MEMORY + run.safe(3))
     assert assert_intact(run, uninterrupted) == 3
-
-
-def load_without_memory():
-    torch.load = lambda *_, **__: fail(OUT_OF_MEMORY)
-
-
-def test_out_of_memory_while_loading_is_no_damage(run, uninterrupted):
-    run.train("--epochs=3")
-    assert run.error("--pre-train=1", status=1, prepare=load_without_memory) == LESS_MEMORY
-    assert assert_intact(run, uninterrupted) == 3
-
-
-def limit_memory():
-    with open("/proc/self/statm") as file:
-        size = int(file.read().split()[0]) * resource.getpagesize() + 5 * 2**28
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc/self/statm")
-def test_out_of_memory_for_a_large_batch(run):
-    assert run.error("--batch-size=3000", status=1, prepare=limit_memory) == LESS_MEMORY
 
 
 def spoil_weight(epoch):
@@ -542,7 +483,7 @@ def test_changed_settings_are_printed(run):
     assert " was " not in run.resume(*flags)
 
 
-def test_other_clips_are_noted_or_end_the_run(run, tmp_path, clips_folder):
+def test_other_clips_are_noted(run, tmp_path, clips_folder):
     clips = tmp_path / "clips"
     shutil.copytree(clips_folder, clips)
     run.flags[0] = f"--data={clips}"
@@ -550,18 +491,11 @@ def test_other_clips_are_noted_or_end_the_run(run, tmp_path, clips_folder):
     arrays = {path: np.load(path) for path in clips.rglob("*.npy")}
     path, pixels = arrays.popitem()
     path.unlink()
-    prepare = partial(small.at_epoch, 2, small.wait, run.path)
-    process = run.start("--pre-train=1", prepare=prepare)
-    run.wait_for("waiting")
-    for path in arrays:
-        np.save(path, np.zeros((20, 48, 48, 3), np.uint8))
-    (run.path / "released").touch()
-    output = run.finish(process, status=1)
     now = sum(len(clip) for clip in arrays.values())
     counts = f"{len(arrays) + 1} with {now + len(pixels)} frames then, {len(arrays)} with {now} now"
-    assert f"note: the clips have changed, in name or content: {counts}\n" in output
-    changed = "has changed: it is uint8 (20, 48, 48, 3) now"
-    assert changed + run.safe(2) in output.splitlines()[-1]
+    note = f"note: the clips have changed, in name or content: {counts}\n"
+    assert note in run.resume("--epochs=2")
+    assert "the clips have changed" not in run.resume("--epochs=3")
 
 
 def test_damaged_newest_falls_back_to_previous(run, uninterrupted):

@@ -7,6 +7,7 @@ import pytest
 import small
 import torch
 from conftest import DEVICES
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import trainer as trainer_module
@@ -124,6 +125,23 @@ def test_interrupted_update_leaves_nothing_behind(trained, optimizer):
         network.requires_grad_(True).zero_grad()
     assert_equal(trained.update(*batch), clean.update(*batch))
     assert_equal(weights_of(trained), weights_of(clean))
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the host waits for a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += any(name in str(function) for name in ("local_scalar_dense", "nonzero"))
+        return function(*args, **kwargs or {})
+
+
+def test_update_never_waits_for_the_device(trained):
+    batch = trained.sample_batch()
+    with Waits() as waits:
+        trained.update(*batch)
+    assert waits.count == 0
 
 
 @pytest.mark.parametrize("device", DEVICES)

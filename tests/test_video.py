@@ -8,13 +8,11 @@ import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageSequence
-from torchvision.utils import make_grid
 
 import video
 from utils import UserError
-from video import LabelledGrid, enlarge, read_frames, save_video, video_grid
+from video import LabelledGrid, enlarge, read_frames, save_video
 
 
 def moving_square(frames, height=24, width=40):
@@ -40,9 +38,6 @@ def read_back(path):
 def durations(path):
     """The duration of each frame of a GIF, in hundredths of a second."""
     return [frame.info["duration"] // 10 for frame in ImageSequence.Iterator(Image.open(path))]
-
-
-# ---------------------------------------------------------------- writing
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.mp4", "a.npy", "a"])
@@ -81,14 +76,6 @@ def test_save_video_refuses_what_it_cannot_do(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             save_video(tmp_path / name, iter(moving_square(2)), fps=60)
-
-
-def test_save_png_keeps_other_files(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "mine.png").write_text("mine")
-    save_video(tmp_path / "a", iter(moving_square(2)))
-    names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["frame-00000.png", "frame-00001.png", "mine.png"]
 
 
 @pytest.mark.parametrize("palette_frames", [100, 3])
@@ -170,18 +157,6 @@ def test_save_mp4_raises_if_ffmpeg_fails(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "ffmpeg"]
 
 
-# ---------------------------------------------------------------- grids
-
-
-@pytest.mark.parametrize("videos, columns", [(16, 4), (6, 4), (3, 4)])
-def test_video_grid_is_laid_out_as_by_torchvision(videos, columns):
-    clips = np.random.default_rng(0).integers(0, 256, (videos, 2, 32, 32, 3), np.uint8)
-    for frames, grid in zip(clips.swapaxes(0, 1), video_grid(clips, columns)):
-        frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
-        expected = make_grid(frames, nrow=columns, padding=2, pad_value=255)
-        assert np.array_equal(grid, expected.permute(1, 2, 0))
-
-
 def test_enlarge_repeats_or_interpolates_pixels():
     frame = moving_square(1)[0]
     assert np.array_equal(enlarge(frame, 1), frame)
@@ -211,9 +186,6 @@ def test_labelled_grid_places_videos_between_lines_and_labels(size):
     assert np.array_equal(grid.frame(shades), frame)  # every frame starts from an empty grid
     with pytest.raises(UserError, match=r"a grid of .* pixels is too large \(16384\)"):
         LabelledGrid(["content"] * 100, ["motion"] * 2, 192)
-
-
-# ---------------------------------------------------------------- reading
 
 
 @pytest.mark.parametrize("axis", [0, 1])
