@@ -133,13 +133,6 @@ def test_arrays_that_are_no_clips_are_skipped(tmp_path):
     assert "float64" in reasons["float"] and "64×32" in reasons["wide"]
 
 
-def test_longer_windows_skip_more_clips(three):
-    clips = ClipDataset(three.folder, frames=18)
-    assert clips.lengths.tolist() == [18, 30] and "16 frames" in clips.skipped[0]
-    clip, start, _ = clips.sample_indices(500, torch.Generator().manual_seed(0))
-    assert set(start[clip == 0].tolist()) == {0} and set(start[clip == 1].tolist()) == {*range(13)}
-
-
 def test_missing_folder_and_missing_clips_are_errors(tmp_path):
     with pytest.raises(UserError, match=r"nowhere: no such folder; make it with resize\.py"):
         ClipDataset(tmp_path / "nowhere")
