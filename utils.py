@@ -78,7 +78,8 @@ def discard_output():
 
 def os_error_message(error):
     """What an OSError says, and what to do about it."""
-    message = f"{error.filename}: {error.strerror or error}" if error.filename else str(error)
+    path = os.fsdecode(error.filename) if error.filename else None  # TensorBoard has bytes there
+    message = f"{path}: {error.strerror or error}" if path else str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{message}; free some space"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -181,7 +182,9 @@ def set_up_device(device, deterministic=False):
     deterministic: on a GPU, allow only kernels that give the same bits every time; on the CPU all
     of ours do. Call it before the first use of cuBLAS, which reads its variable once.
     """
-    torch.use_deterministic_algorithms(deterministic and device.type != "cpu")
+    deterministic = deterministic and device.type != "cpu"
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # it imports much: seconds
+        torch.use_deterministic_algorithms(deterministic)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not deterministic  # time the kernels, take the fastest
