@@ -113,5 +113,5 @@ class Checkpoints:
             path = self.folder / f"checkpoint-{content['epoch']:06d}.pt"
             with open(self.newest, "rb") as source, atomic_write(path) as target:
                 shutil.copyfileobj(source, target)
-            for old in self.numbered()[: -self.keep]:
+            for old in [*self.numbered()[: -self.keep], *self.folder.glob("checkpoint-*.pt.part")]:
                 old.unlink()

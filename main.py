@@ -161,7 +161,7 @@ def describe(args, trainer, precision):
         f"{clips.size}×{clips.size}, {actions if clips.actions else 'no action folders'}",
         "networks": f"{', '.join(sizes)} parameters",
         "output": f"{args.videos}/index.html shows the run, checkpoints are in {args.models}",
-        "training": f"batch {args.batch_size}, epochs {trainer.epoch + 1} to {args.epochs}",
+        "training": f"batch {args.batch_size}, epoch {trainer.epoch} of {args.epochs}",
     }
 
 

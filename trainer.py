@@ -267,8 +267,7 @@ def train(trainer, args, log, page, checkpoints, info, stop):
     what a checkpoint holds besides the state; stop: once this list is not empty the epoch in hand
     is the last one. Raises TrainingError, before it is saved, at a metric that is not finite.
     """
-    first_samples = trainer.epoch % args.sample_every == 0 or trainer.epoch >= args.epochs
-    if first_samples and not (args.videos / f"epoch-{trainer.epoch:06d}.gif").exists():
+    if not (args.videos / f"epoch-{trainer.epoch:06d}.gif").exists():
         save_samples(trainer, log, args.videos)
     saved = time.perf_counter()
     page_written = saved - PAGE_INTERVAL + 5  # the first page comes after five seconds

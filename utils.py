@@ -44,7 +44,7 @@ def one_line_errors(program, less_memory="", advice=lambda: ""):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         yield
-        sys.stdout.flush()
+        print(end="", flush=True)
     except UserError as error:
         exit_with(error.status, f"{program}: error: {error}{advice() if error.status == 1 else ''}")
     except OSError as error:
@@ -61,7 +61,7 @@ def exit_with(status, line):
     """Print `line` on stderr and exit; in a notebook, where an exit looks like an error, return."""
     try:
         print(line, file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except OSError:  # nobody reads it
         discard_output()
     if not IN_IPYTHON:
@@ -120,7 +120,7 @@ def number(kind, low, high=float("inf")):
 
 def progress_bar(*iterable, **options):
     """A tqdm bar on stderr; in a notebook, where stderr is shown in red, on stdout."""
-    stream = sys.stdout if IN_IPYTHON else sys.stderr
+    stream = (sys.stdout if IN_IPYTHON else sys.stderr) or open(os.devnull, "w")  # noqa: SIM115
     return tqdm(*iterable, file=stream, mininterval=0.5, dynamic_ncols=True, **options)
 
 

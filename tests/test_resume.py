@@ -90,7 +90,6 @@ class Run:
         return self.train(*["--pre-train=1"] * bool(exists), *flags)
 
     def safe(self, epoch):
-        """What an error says at its end."""
         return f"; {self.newest} of epoch {epoch} is safe; to resume: python main.py --data="
 
     def losses(self):
@@ -157,7 +156,7 @@ def test_resume_pieces_equal_uninterrupted(run, uninterrupted, cuts):
         run.resume(f"--epochs={epochs}", "--checkpoint-every=1000")
     output = run.resume("--seed=8")  # which has no effect
     assert f"resuming from {run.newest}, epoch {cuts[-1]}\n" in output
-    assert f"epochs {cuts[-1] + 1} to {EPOCHS}\n" in output and "the clips have" not in output
+    assert f"epoch {cuts[-1]} of {EPOCHS}\n" in output and "the clips have" not in output
     assert_same(run, uninterrupted)
 
 
