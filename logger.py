@@ -13,7 +13,7 @@ class Logger:
     """Logs the metrics of every epoch into `folder`.
 
     history: of an earlier part of the run, from `history`. `rows`: a dict of metrics for each epoch
-    so far. `board_error`: why nothing goes to TensorBoard, or None. All of it raises OSError.
+    so far. `board_error`: why nothing goes to TensorBoard, or None. The methods raise OSError.
     """
 
     def __init__(self, folder, history=None):

@@ -72,7 +72,7 @@ def run(args, checkpoints, resume_command):
             if trainer.seed != args.seed:
                 print(f"note: --seed {args.seed} has no effect: this run has {trainer.seed}")
             if trainer.epoch >= args.epochs:
-                print(f"note: it is at epoch {trainer.epoch} already; raise --epochs to continue")
+                print(f"note: the run is at epoch {trainer.epoch} already; raise --epochs")
         else:
             for path in utils.archive_run(args.models, args.videos):
                 print(f"moved an older run to {path}")

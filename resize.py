@@ -216,7 +216,7 @@ def make_arrays(args):
     )
     if others := [array for array in arrays_in(args.out) if array not in lengths]:
         print(
-            f"note: {args.out} also holds {len(others)} arrays that it did not make, such as "
+            f"note: {args.out} also holds {len(others)} arrays that this run did not make, such as "
             f"{others[0]}; main.py trains on them too, unless you delete them"
         )
 

@@ -170,7 +170,7 @@ def test_finished_run_is_left_as_it_is(folders, capsys):
     before = [(folders.models / name).read_bytes() for name in names]
     (folders.videos / "epoch-000002.gif").unlink()
     folders.train("--epochs=2", "--pre-train=1")
-    note = "note: it is at epoch 2 already; raise --epochs to continue\n"
+    note = "note: the run is at epoch 2 already; raise --epochs\n"
     assert note in capsys.readouterr().out
     assert before == [(folders.models / name).read_bytes() for name in names]
     assert "epoch-000002.gif" in folders.gifs()

@@ -124,7 +124,7 @@ def test_only_what_is_new_or_changed_is_made(tmp_path, capsys):
         assert written() == "a" and holds(frames_a, frames_b)
     b.unlink()
     lines = resized(capsys, "--raw", raw, "--out", out, "--size", 32)
-    assert "also holds 1 arrays that it did not make, such as jack/indoors/b.npy" in lines[-1]
+    assert "also holds 1 arrays that this run did not make, such as jack/indoors/b.npy" in lines[-1]
 
 
 def test_bad_files_are_named_and_counted(tmp_path, monkeypatch):
