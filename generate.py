@@ -7,10 +7,15 @@ python generate.py --interpolate content         # from one content to another
 """
 
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+
+if __name__ == "__main__":  # a notebook may hold other modules of these names, or older ones
+    for path in Path(__file__).parent.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 import checkpoint
 import utils
@@ -209,9 +214,8 @@ def requested_videos(args, generator):
 def run(args):
     """Generate the videos that `args` ask for and write them to --out."""
     device = utils.pick_device(args.device)
-    utils.set_up_device(
-        device, deterministic=device.type == "cuda"
-    )  # the same seed, the same bytes
+    # On a GPU, too, the same seed is to give the same bytes.
+    utils.set_up_device(device, deterministic=device.type == "cuda")
     generator = load_generator(args.checkpoint, device)
     grids = bool(args.grid) + bool(args.interpolate)
     total = (grids or args.num) * args.frames

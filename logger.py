@@ -1,7 +1,9 @@
 """The metrics of a run, by name: losses.csv, losses.png and TensorBoard events."""
 
+import io
 import time
 
+import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -83,10 +85,11 @@ class Logger:
     def plot(self):
         """Plot losses.png: the losses on images and on videos, side by side."""
         with atomic_write(self.folder / "losses.png") as file:
-            self.figure("image", "video").savefig(file, format="png", dpi=100)
+            file.write(self.picture("png", "image", "video"))
 
-    def figure(self, *kinds):
-        """A plot of the losses on each of `kinds`, "image" or "video": a matplotlib Figure.
+    @matplotlib.style.context("default")  # whatever the user's matplotlibrc says
+    def picture(self, format, *kinds):
+        """A plot of the losses on each of `kinds`, "image" or "video": the bytes of a png or svg.
 
         Each epoch is faint, the running mean strong; at most some 1,000 points of each.
         """
@@ -104,7 +107,9 @@ class Logger:
             axes.set(xlabel="epoch", ylabel="binary cross-entropy", title=f"{kind} losses")
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
-        return figure
+        file = io.BytesIO()
+        figure.savefig(file, format=format, dpi=100)
+        return file.getvalue()
 
     def __enter__(self):
         return self

@@ -15,6 +15,10 @@ from pathlib import Path
 
 import torch
 
+if __name__ == "__main__":  # a notebook may hold other modules of these names, or older ones
+    for path in Path(__file__).parent.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
 import utils
 from checkpoint import Checkpoints
 from data import ClipDataset

@@ -8,24 +8,35 @@ Each clip becomes resized_data/<action>/<clip>.npy: uint8, (n_frames, 96, 96, 3)
 again only does what is new or has changed.
 """
 
+import contextlib
 import itertools
 import json
 import socket
+import sys
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 
+if __name__ == "__main__":  # a notebook may hold other modules of these names, or older ones
+    for path in Path(__file__).parent.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
 import synthetic
 import utils
 from utils import Parser, UserError, number
-from video import STRIPS, VIDEOS, Unusable, read_frames, save_npy
+from video import IMAGES, FrameReader, Unusable, read_image, save_npy
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # a bad file gets our line only
 
 MIN_FRAMES = 16  # the window of the video discriminator
+# Usual endings of videos: images beside such a file are photos. Others may be videos, too.
+VIDEOS = {".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".wmv", ".mts"}
+VIDEOS |= {".3gp", ".flv", ".m2ts", ".ts", ".ogv", ".vob", ".asf", ".divx", ".m2v", ".mxf", ".dv"}
+TEXTS = {".txt", ".nfo", ".diz", ".asc", ".ans", ".bin"}  # FFmpeg would show them as text
 SYNTHETIC = Path(synthetic.__file__)  # the source of all synthetic clips
 URL = "https://www.wisdom.weizmann.ac.il/~vision/VideoAnalysis/Demos/SpaceTimeActions/DB"
 ACTIONS = ("bend", "jack", "jump", "pjump", "run", "side", "skip", "walk", "wave1", "wave2")
@@ -61,71 +72,132 @@ def resize_clip(frames, size=96, every=1):
         raise Unusable(f"{length} frames, shorter than {MIN_FRAMES}")
 
 
-def find_sources(raw, out):
-    """Find the videos and strips below `raw`, and those in `out` itself.
+def unzip(folder):
+    """Extract all zips below `folder`, but for files that are there already.
 
-    Returns a dict {path of an array, below `out`: (path of its source, frames still to be read)},
-    and a list of the files left out: pairs of path and reason.
+    What lies in folders comes beside the zip, all else into a folder with the zip's name. Returns
+    the zips that cannot be extracted: pairs of path and reason. Raises OSError on a full disk.
+    """
+    damaged = []
+    paths = utils.files_below(folder) if folder.is_dir() else []
+    for path in (path for path in paths if path.suffix.lower() == ".zip"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.infolist():
+                    target = path.parent if "/" in member.filename else path.with_suffix("")
+                    file = target / member.filename
+                    if not file.is_file() or file.stat().st_size != member.file_size:
+                        archive.extract(member, target)
+        except (RuntimeError, zipfile.BadZipFile) as error:
+            damaged.append((path, str(error)))
+    return damaged
+
+
+def find_sources(raw, out, fps=None):
+    """Find the clips below `raw`, and those in `out` itself: videos, strips, folders of frames.
+
+    Returns a dict {path of an array, below `out`: the FrameReader of its source}, and a list of the
+    files left out: pairs of path and reason.
     """
     sources, skipped = {}, []
     roots = {raw.resolve(): raw, out.resolve(): out}  # one, if they are the same folder
     for resolved, root in roots.items():
         nested = [other for other in roots if resolved in other.parents]
+        ignored = {".zip", ".npy", ".json", ".part"} if root == out else {".zip"}
+        folders = defaultdict(list)
         for path in utils.files_below(root) if root.is_dir() else []:
-            if path.suffix.lower() not in VIDEOS | STRIPS:
-                continue
-            if any(path.resolve().is_relative_to(other) for other in nested):
+            if path.suffix.lower() in TEXTS:
+                skipped.append((path, "not a video"))
+            elif path.suffix.lower() not in ignored:
+                folders[path.parent].append(path)
+        for folder, paths in folders.items():
+            if any(folder.resolve().is_relative_to(other) for other in nested):
                 continue  # it is found there
-            array = path.relative_to(root).with_suffix(".npy")
-            if array in sources:
-                reason = f"would make the same array as {sources[array][0]}: rename one"
-                skipped.append((path, reason))
-            else:
-                sources[array] = path, read_frames(path)
+            paths.sort(key=rank)
+            if rank(paths[0]) > 0 and are_frames(images := [p for p in paths if rank(p) == 2]):
+                paths = [folder, *paths[: -len(images)]]
+            for path in paths:
+                place = path.relative_to(root) if path != root else Path(path.resolve().name)
+                array = Path(f"{place}.npy") if path == folder else place.with_suffix(".npy")
+                if array in sources:
+                    skipped.append((path, f"{array} is made of {sources[array].path}"))
+                else:
+                    sources[array] = FrameReader(path, fps)
     return sources, skipped
+
+
+def rank(path):
+    """Of files with one name but for the ending the one of the lowest rank is taken: a video."""
+    return 0 if path.suffix.lower() in VIDEOS else 2 if path.suffix.lower() in IMAGES else 1
+
+
+def are_frames(images):
+    """Whether these images of a folder are the frames of a clip, rather than strips or a photo."""
+    for path in images if len(images) > 1 else []:
+        with contextlib.suppress(Unusable, OSError):
+            height, width, _ = read_image(path).shape
+            return max(height, width) < 4 * min(height, width)
+    return False
 
 
 def synthetic_sources():
     """The nine synthetic people doing the ten actions, as `find_sources` gives real clips."""
     return {
-        Path(action, f"{who.name}_{action}.npy"): (SYNTHETIC, synthetic.render_clip(who, action))
+        Path(action, f"{who.name}_{action}.npy"): FrameReader(
+            SYNTHETIC, frames=synthetic.render_clip(who, action)
+        )
         for action in ACTIONS
         for who in synthetic.PEOPLE
     }
 
 
-def convert(sources, out, size=96, every=1):
+def convert(sources, out, size=96, every=1, fps=None):
     """Write an array for each of `sources` (see `find_sources`), unless `out` has it already.
 
-    Returns a dict from the paths of the arrays to their numbers of frames, and a list of the
-    sources left out: pairs of path and reason. Raises OSError if an array cannot be written.
+    Returns a dict {path of an array: its number of frames}, a dict {path of an array, as a string:
+    `FrameReader.rates`}, and a list of the sources left out: pairs of path and reason. Raises
+    OSError if an array cannot be written.
     """
-    is_synthetic = any(path == SYNTHETIC for path, _ in sources.values())
-    content = json.dumps({"size": size, "every": every, "synthetic": is_synthetic}).encode()
-    settings = out / "settings.json"
+    is_synthetic = any(frames.path == SYNTHETIC for frames in sources.values())
+    content = {"size": size, "every": every, "fps": fps, "synthetic": is_synthetic}
+    content, settings = json.dumps(content).encode(), out / "settings.json"
     if not settings.exists() or settings.read_bytes() != content:
         settings.write_bytes(content)  # all arrays are older now, and are made again
+    rates_file = out / "rates.json"
+    rates = json.loads(rates_file.read_bytes()) if rates_file.exists() else {}
     lengths, skipped = {}, []
-    for array, (path, frames) in utils.progress_bar(sources.items(), desc="resizing", unit="clip"):
-        try:
-            if not is_up_to_date(out / array, size, newer_than=(path, settings)):
-                (out / array).parent.mkdir(parents=True, exist_ok=True)
-                save_npy(out / array, resize_clip(frames, size, every))
-            lengths[array] = len(np.load(out / array, mmap_mode="r"))
-        except (Unusable, cv2.error, OSError) as error:
-            if isinstance(error, OSError) and error.filename != str(path):
-                raise  # it is not the source that cannot be read: the disk is full, say
-            reason = getattr(error, "strerror", None) or str(error).strip()
-            skipped.append((array if path == SYNTHETIC else path, reason))
-    return lengths, skipped
+    style = "{l_bar}{bar}| {n:.1f}/{total} clips [{elapsed}<{remaining}]"
+    bar = utils.progress_bar(total=len(sources), desc="resizing", miniters=0, bar_format=style)
+
+    def move_bar(frames):
+        for frame in frames:
+            bar.update(k + frames.done - bar.n)
+            yield frame
+
+    with bar:
+        for k, (array, frames) in enumerate(sources.items()):
+            try:
+                if not is_up_to_date(out / array, size, frames.path, settings):
+                    (out / array).parent.mkdir(parents=True, exist_ok=True)
+                    save_npy(out / array, resize_clip(move_bar(frames), size, every))
+                    rates[str(array)] = frames.rates()
+                lengths[array] = len(np.load(out / array, mmap_mode="r"))
+            except (Unusable, cv2.error) as error:
+                skipped.append((array if is_synthetic else frames.path, str(error).strip()))
+            bar.update(k + 1 - bar.n)
+    rates = {str(array): rates[str(array)] for array in lengths if rates.get(str(array))}
+    with utils.atomic_write(rates_file) as file:
+        file.write(json.dumps(rates).encode())
+    return lengths, rates, skipped
 
 
-def is_up_to_date(path, size, newer_than):
-    """Whether `path` is an intact array of frames of that size, newer than those files."""
+def is_up_to_date(path, size, source, settings):
+    """Whether `path` is an intact array of frames of that size, newer than its source."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         intact = array.dtype == np.uint8 and array.shape[1:] == (size, size, 3)
-        newest = max(file.stat().st_mtime_ns for file in newer_than)
+        files = settings, source, *(source.iterdir() if source.is_dir() else ())
+        newest = max(file.stat().st_mtime_ns for file in files)
         return intact and len(array) >= MIN_FRAMES and path.stat().st_mtime_ns > newest
     except Exception:  # NumPy raises a dozen kinds for a damaged file
         return False
@@ -138,10 +210,9 @@ def arrays_in(out):
 
 
 def download(raw, url=URL):
-    """Download the ten zips of the Weizmann data set into `raw` and extract each to raw/<action>.
+    """Download the ten zips of the Weizmann data set into `raw`, but for those that are there.
 
-    Files that exist are neither downloaded nor extracted again. Raises UserError if a zip cannot be
-    downloaded or is damaged, OSError if it cannot be extracted.
+    Raises UserError if one cannot be downloaded or is damaged.
     """
     socket.setdefaulttimeout(30)  # seconds without anything from the server
     for action in ACTIONS:
@@ -160,11 +231,6 @@ def download(raw, url=URL):
                 f"cannot download {source}: {getattr(error, 'reason', None) or error}; run the "
                 "same again, name a mirror with --url, or do without the data with --synthetic"
             ) from None
-        with zipfile.ZipFile(archive) as members:
-            for member in members.infolist():
-                path = raw / action / member.filename
-                if not path.is_file() or path.stat().st_size != member.file_size:
-                    members.extract(member, raw / action)
 
 
 def main(argv=None):
@@ -174,6 +240,7 @@ def main(argv=None):
     add("--out", type=Path, default="resized_data", help="folder for the arrays")
     add("--size", type=int, choices=range(32, 257, 16), default=96, metavar="SIZE", help=size)
     add("--every", type=number(int, 1), default=1, help="keep every Nth frame")
+    add("--fps", type=number(float, 0.1, 1000), help="resample videos to this frame rate")
     add("--url", default=URL, help="with --download: where the ten zips are")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--download", action="store_true", help="fetch the Weizmann clips into --raw first")
@@ -193,9 +260,11 @@ def make_arrays(args):
             message = f"--synthetic: {args.out} holds other clips, such as {others[0]}"
             raise UserError(f"{message}; name another folder with --out")
     else:
-        sources, skipped = find_sources(args.raw, args.out)
+        damaged = unzip(args.raw)
+        sources, skipped = find_sources(args.raw, args.out, args.fps)
+        skipped += damaged
     with utils.lock_folders(args.out):
-        lengths, failed = convert(sources, args.out, args.size, args.every)
+        lengths, rates, failed = convert(sources, args.out, args.size, args.every, args.fps)
         skipped += failed
         for path, reason in skipped:
             print(f"skipped {path}: {reason}")
@@ -219,6 +288,15 @@ def make_arrays(args):
             f"note: {args.out} also holds {len(others)} arrays that this run did not make, such as "
             f"{others[0]}; main.py trains on them too, unless you delete them"
         )
+    if rates:
+        slowest = min(rates, key=lambda array: rates[array][0])
+        fastest = max(rates, key=lambda array: rates[array][1])
+        low, high = rates[slowest][0], rates[fastest][1]
+        if high > 1.1 * low:
+            print(
+                f"note: from {low:.3g} frames a second ({slowest}) to {high:.3g} ({fastest}); "
+                "--fps 25 would give all motion one speed"
+            )
 
 
 if __name__ == "__main__":

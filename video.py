@@ -8,23 +8,20 @@ import contextlib
 import errno
 import itertools
 import os
+import re
+import threading
 from pathlib import Path
-
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a bad file gets our line, not FFmpeg's
-os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
+from subprocess import PIPE, Popen
 
 import cv2
 import imageio_ffmpeg
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.utils import make_grid
 
 from utils import UserError, atomic_write
 
-VIDEOS = {".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".wmv"}
-VIDEOS |= {".3gp", ".flv", ".mts", ".m2ts", ".ts", ".ogv"}
-STRIPS = {".jpg", ".jpeg", ".png"}
+IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 FORMATS = ("gif", "mp4", "png", "npy")
 GIF_FPS = 50  # browsers slow down what is faster
 PALETTE_BYTES = 2**23  # of the first frames, from which a GIF's colours are chosen
@@ -36,46 +33,116 @@ class Unusable(Exception):
     """Why a file gives no clip."""
 
 
-def read_frames(path):
-    """Yield the frames of a video or of an image strip: (H, W, 3) uint8, RGB.
+class FrameReader:
+    """Iterates over the frames of a clip: (H, W, 3) uint8, RGB.
 
-    Raises Unusable if `path` is not what its suffix says, OSError if it cannot be read.
+    path: a video in any format that FFmpeg reads, an image strip (square frames, side by side or
+    one below the other) or a folder of images, ordered by the numbers in their names. A video is
+    read as FFmpeg shows it: its default track, upright, deinterlaced, with square pixels.
+    fps: resample a video to this frame rate; None: take every frame that can be decoded.
+    frames: an iterable of frames, to be taken instead of those in `path`.
+
+    Attributes, set while it reads: `times`, when a video shows each of its frames, in seconds, and
+    `done`, the part that is read, 0 to 1. Iterating raises Unusable if the clip cannot be read.
     """
-    return read_strip(path) if path.suffix.lower() in STRIPS else read_video(path)
 
+    def __init__(self, path, fps=None, frames=None):
+        self.path, self.fps, self.frames, self.times, self.done = path, fps, frames, [], 0
 
-def read_video(path):
-    """Yield the frames of a video file or GIF, turned upright as its metadata says."""
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError:  # OpenCV ends the process on such a name
-        raise Unusable("its name is not valid UTF-8: rename it") from None
-    with open(path, "rb"):  # its OSError says more than OpenCV does
-        capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG)
-    try:
-        if not capture.isOpened():
+    def __iter__(self):
+        try:
+            if self.frames is not None:
+                yield from self.frames
+            elif self.path.is_dir():
+                yield from self._read_folder()
+            elif self.path.suffix.lower() in IMAGES:
+                yield from read_strip(self.path)
+            else:
+                yield from self._read_video()
+        except OSError as error:
+            raise Unusable(error.strerror or str(error)) from None
+
+    def _read_folder(self):
+        paths = [path for path in self.path.glob("[!.]*") if path.suffix.lower() in IMAGES]
+        shape = None
+        for k, path in enumerate(sorted(paths, key=by_numbers), start=1):
+            image = read_image(path)
+            shape = shape or image.shape
+            if image.shape != shape:
+                raise Unusable(f"images of different sizes, such as {path.name}")
+            self.done = k / len(paths)
+            yield image
+
+    def _read_video(self):
+        open(self.path, "rb").close()  # its OSError says more than FFmpeg does
+        filters = "bwdif=mode=send_frame:deint=interlaced," + f"fps={self.fps}," * bool(self.fps)
+        filters += "scale=iw*sar:ih,showinfo=checksum=0"
+        command = [ffmpeg(), "-nostdin", "-nostats", "-i", f"file:{self.path}", "-vf", filters]
+        command += "-fps_mode passthrough -pix_fmt rgb24 -c:v ppm -f image2pipe -".split()  # noqa: SIM905
+        self.times, frame = [], None
+        with Popen(command, stdout=PIPE, stderr=PIPE) as process:
+            listener = threading.Thread(target=self._listen, args=[process.stderr], daemon=True)
+            listener.start()
+            try:
+                while process.stdout.readline():  # a PPM: "P6", width and height, 255, pixels
+                    width, height = map(int, process.stdout.readline().split())
+                    process.stdout.readline()
+                    pixels = process.stdout.read(height * width * 3)
+                    frame = np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
+                    yield frame
+            finally:
+                process.kill()
+                listener.join()
+        if frame is None:
             raise Unusable("not a video that can be read")
-        while True:
-            ok, frame = capture.read()
-            if not ok:
-                break
-            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-    finally:
-        capture.release()
+
+    def _listen(self, stderr):
+        """Take from what FFmpeg says how long the video is, and the time of each frame."""
+        duration = float("inf")
+        for line in stderr:
+            if match := re.search(rb"showinfo.* pts_time:([-.\d]+)", line):
+                self.times.append(float(match[1]))
+                self.done = min(1, self.times[-1] / duration)
+            elif match := re.search(rb"Duration: (\d+):(\d+):([.\d]+)", line):
+                hours, minutes, seconds = map(float, match.groups())
+                duration = 3600 * hours + 60 * minutes + seconds or duration
+
+    def rates(self):
+        """The lowest and the highest frame rate of 16 frames in a row; None if unknown."""
+        seconds = np.subtract(self.times[15:], self.times[:-15])
+        return (15 / seconds.max(), 15 / seconds.min()) if (seconds > 0).any() else None
+
+
+def by_numbers(path):
+    """A key that sorts paths by the numbers in their names: frame9.png before frame10.png."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", path.name)]
 
 
 def read_strip(path):
-    """Yield the square frames of an image strip, side by side or one below the other."""
-    content = np.frombuffer(path.read_bytes(), np.uint8)
-    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
-    if image is None:
-        raise Unusable("not an image that can be read")
+    """Yield the frames of an image strip, (S, S, 3) uint8, RGB. Raises Unusable, OSError."""
+    image = read_image(path)
     height, width = image.shape[:2]
     side = min(height, width)
     if max(height, width) % side:
         raise Unusable(f"{width}×{height} is not a strip of square frames")
-    image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     yield from np.split(image, max(height, width) // side, axis=1 if width > height else 0)
+
+
+def read_image(path):
+    """An image file: (H, W, 3) uint8, RGB. Raises Unusable, or OSError if it cannot be opened."""
+    content = np.frombuffer(path.read_bytes(), np.uint8)
+    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
+    if image is None:
+        raise Unusable(f"{path.name} is not an image that can be read")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def ffmpeg():
+    """The path of the FFmpeg program. Raises UserError if there is none."""
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError:
+        raise UserError("there is no ffmpeg here: pip install imageio-ffmpeg") from None
 
 
 def save_video(path, frames, fps=25):
@@ -122,47 +189,19 @@ def save_mp4(path, frames, fps=25):
 
     H.264 in yuv420p has even sizes only: the last row or column of an odd size is repeated.
     """
-    try:
-        imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError:
-        raise UserError("there is no ffmpeg here: pip install imageio-ffmpeg") from None
-    bt709 = "scale=out_color_matrix=bt709:out_range=tv"
-    bt709 += ",setparams=color_primaries=bt709:color_trc=bt709"
-    frames = iter(frames)
-    first = next(frames)
-    height, width, _ = first.shape
-    padding = (0, height % 2), (0, width % 2), (0, 0)
-    # imageio does not report that ffmpeg failed at the end: count the frames in the file, too.
-    failure = OSError(errno.EIO, "ffmpeg could not write it; is the disk full?", str(path))
+    bt709 = "scale=out_color_matrix=bt709:out_range=tv,"
+    bt709 += "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709"
     with atomic_write(path) as file:
-        part = os.path.abspath(file.name)
-        encoder = imageio_ffmpeg.write_frames(
-            part,
-            (width + width % 2, height + height % 2),
-            fps=fps,
-            codec="libx264",
-            quality=None,  # which -crf sets
-            macro_block_size=1,  # do not scale to multiples of 16
-            ffmpeg_log_level="quiet",
-            output_params=["-crf", "18", "-vf", bt709, "-colorspace", "bt709"]
-            + ["-movflags", "+faststart", "-f", "mp4"],
-        )
-        written = 0
-        with contextlib.closing(encoder):
-            encoder.send(None)  # start ffmpeg
-            for frame in itertools.chain([first], frames):
-                padded = np.pad(frame, padding, mode="edge")
-                try:
-                    encoder.send(padded)
-                except OSError as error:
-                    raise failure from error
-                written += 1
-        try:
-            readable, _ = imageio_ffmpeg.count_frames_and_secs(part)
-        except RuntimeError as error:
-            raise failure from error
-        if readable != written:
-            raise failure
+        command = [ffmpeg(), "-v", "quiet", "-y", "-f", "image2pipe", "-c:v", "ppm"]
+        command += ["-r", str(fps), "-i", "-", "-vf", bt709, "-pix_fmt", "yuv420p", "-crf", "18"]
+        command += ["-movflags", "+faststart", "-f", "mp4", f"file:{os.path.abspath(file.name)}"]
+        with contextlib.suppress(BrokenPipeError), Popen(command, stdin=PIPE) as process:
+            for frame in frames:
+                height, width, _ = frame.shape
+                frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+                process.stdin.write(b"P6 %d %d 255\n" % frame.shape[1::-1] + frame.tobytes())
+        if process.returncode:
+            raise OSError(errno.EIO, "ffmpeg could not write it; is the disk full?", str(path))
 
 
 def save_npy(path, frames, fps=25):
@@ -198,6 +237,8 @@ def video_grid(videos, columns=4):
 
     videos: (B, K, S, S, 3) uint8; returns (K, H, W, 3) uint8.
     """
+    from torchvision.utils import make_grid  # it takes seconds, and resize.py does not need it
+
     frames = torch.from_numpy(videos).permute(1, 0, 4, 2, 3)
     grids = [make_grid(f, columns, padding=2, pad_value=255) for f in frames]
     return torch.stack(grids).permute(0, 2, 3, 1).numpy()

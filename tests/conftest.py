@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -27,6 +28,15 @@ DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 def pytest_report_header():
     kind = f"real, {SHARED}" if SHARED.is_dir() else "synthetic (no ../shared/weizmann)"
     return f"clips: {kind}; devices: {', '.join(DEVICES)}"
+
+
+def encode(path, source, *options):
+    """Make a video with FFmpeg. source: a lavfi graph, or the path of another video."""
+    inputs = ["-i", source] if os.path.exists(source) else ["-f", "lavfi", "-i", source]
+    at = options.index("-before") if "-before" in options else len(options)  # options of the input
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *options[at + 1 :], *inputs]
+    subprocess.run([*command, *options[:at], path], check=True, stderr=subprocess.DEVNULL)
+    return path
 
 
 def write_video(path, frames, **options):

@@ -1,12 +1,15 @@
 import io
 import sys
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import logger
 from logger import Logger
 
 NAMES = ("loss_d_image", "loss_d_video", "loss_g_image", "loss_g_video", "d_image_real")
@@ -73,7 +76,19 @@ def test_logger_resumes_from_the_history_of_a_checkpoint(tmp_path, five):
     assert points == [(3, pytest.approx(2)), (4, 4)]
 
 
-def test_logger_plots_the_losses_and_their_running_means(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rc", [{}, {"text.usetex": True, "savefig.format": "pdf"}])
+def test_logger_plots_the_losses_and_their_running_means(tmp_path, monkeypatch, rc):
+    """Whatever the user's matplotlibrc says: there may be no LaTeX."""
+    figures = []
+
+    class Recorded(Figure):
+        def __init__(self, **options):
+            super().__init__(**options)
+            figures.append(self)
+
+    monkeypatch.setattr(logger, "Figure", Recorded)
+    for name, value in rc.items():
+        monkeypatch.setitem(matplotlib.rcParams, name, value)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # it works without it, too
     with Logger(tmp_path) as log:
         assert isinstance(log.board_error, ImportError)
@@ -84,7 +99,8 @@ def test_logger_plots_the_losses_and_their_running_means(tmp_path, monkeypatch):
         log.flush(100)
         log.add_image("samples", np.zeros((8, 8, 3), np.uint8), 100)
         log.plot()
-        axes = log.figure("image", "video").axes
+        axes = figures[-1].axes
+        assert b"<svg" in log.picture("svg", "image")
     assert (np.array(Image.open(tmp_path / "losses.png")) != empty).mean() > 0.01
     assert sorted(path.name for path in tmp_path.iterdir()) == ["losses.csv", "losses.png"]
     for i, name in enumerate(NAMES[:4]):  # images on the left, videos on the right

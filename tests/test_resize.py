@@ -1,6 +1,7 @@
 import errno
 import http.server
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,12 +13,12 @@ from functools import partial
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from conftest import ROOT, run, write_video
+from conftest import ROOT, encode, run, write_video
 from PIL import Image
 
 import resize
 import synthetic
-from video import read_frames
+from video import FrameReader
 
 
 def psnr(a, b):
@@ -75,7 +76,7 @@ def test_resize_frame_scales_and_keeps_the_centre(synthetic_clip, sides, size, s
 def test_read_frames_agrees_with_another_library(tmp_path, synthetic_clip, name, codec):
     path = tmp_path / name
     write_video(path, synthetic_clip[:20], **({"codec": codec} if codec else {}))
-    ours = np.stack(list(read_frames(path)))
+    ours = np.stack(list(FrameReader(path)))
     options = {"plugin": "FFMPEG"} if codec else {"plugin": "pillow", "mode": "RGB"}
     assert psnr(ours, iio.imread(path, **options)) > 40  # conversions from YUV differ by 1 or 2
     assert psnr(ours, synthetic_clip[:20]) > 30  # and it is upright, and RGB
@@ -127,35 +128,154 @@ def test_only_what_is_new_or_changed_is_made(tmp_path, capsys):
     assert "also holds 1 arrays that this run did not make, such as jack/indoors/b.npy" in lines[-1]
 
 
-def test_bad_files_are_named_and_counted(tmp_path, monkeypatch):
-    for name in ("OPENCV_LOG_LEVEL", "OPENCV_FFMPEG_LOGLEVEL"):
-        monkeypatch.delenv(name, raising=False)  # set by video.py in this process
+def test_bad_files_are_named_and_counted(tmp_path):
     for name, length in (("short.png", 15), ("good.jpg", 16), ("good.png", 17)):
         write_strip(tmp_path / name, length)
-    for name in ("text.mp4", "words.jpg", ".hidden.mp4", "readme.txt", os.fsdecode(b"\xff.mp4")):
+    names = "text.mp4", "words.jpg", ".hidden.mp4", "readme.txt", "notes.md"
+    for name in (*names, os.fsdecode(b"\xff.mp4")):
         (tmp_path / name).write_text("hello")
     (tmp_path / "gone.mp4").symlink_to("nowhere")
     Image.fromarray(np.zeros((144, 180, 3), np.uint8)).save(tmp_path / "photo.png")
     out = tmp_path / "out"
     done = run("resize.py", "--raw", tmp_path, "--out", out, "--size", "32")
     *skipped, last = done.stdout.splitlines()
-    assert last == f"1 clips, 16 frames, 0 actions → {out} (7 skipped)"
+    assert last == f"1 clips, 16 frames, 0 actions → {out} (9 skipped)"
     reasons = dict(line.removeprefix(f"skipped {tmp_path}/").split(": ", 1) for line in skipped)
     assert reasons == {
         "short.png": "15 frames, shorter than 16",
-        "good.png": f"would make the same array as {tmp_path / 'good.jpg'}: rename one",
+        "good.png": f"good.npy is made of {tmp_path / 'good.jpg'}",
         "text.mp4": "not a video that can be read",
-        "words.jpg": "not an image that can be read",
+        "words.jpg": "words.jpg is not an image that can be read",
         "gone.mp4": "No such file or directory",
-        "?.mp4": "its name is not valid UTF-8: rename it",
+        "?.mp4": "not a video that can be read",
+        "readme.txt": "not a video",
+        "notes.md": "not a video that can be read",
         "photo.png": "180×144 is not a strip of square frames",
     }
     assert list(arrays(out)) == ["good.npy"] and not list(out.rglob("*.part"))
     assert "WARN" not in done.stderr and "mp4" not in done.stderr  # FFmpeg and OpenCV are silent
 
 
+def write_frames(folder, length, size=(40, 32)):
+    """Write a folder of numbered PNGs of noise; returns what resize.py makes of them at size 32."""
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(length).integers(0, 256, (length, *size[::-1], 3), np.uint8)
+    for k, frame in enumerate(noise):
+        Image.fromarray(frame).save(folder / f"{k}.png")
+    return np.stack([resize.resize_frame(frame, 32) for frame in noise])
+
+
+def test_folders_of_frames_are_clips(tmp_path, capsys):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    args = "--raw", raw, "--out", out, "--size", 32
+    clips = {f"jack/v1.{n}.npy": write_frames(raw / "jack" / f"v1.{n}", 16 + n) for n in (1, 2)}
+    (raw / "jack" / "v1.1" / "about.json").write_text("{}")
+    (raw / "jack" / "few").mkdir()
+    Image.new("RGB", (40, 32)).save(raw / "jack" / "few" / "0.png")
+    write_strip(raw / "strips" / "0.png", 16)  # a folder of strips is not one clip
+    write_strip(raw / "strips" / "1.png", 17)
+    lines = resized(capsys, *args)
+    assert sorted(lines) == [
+        f"4 clips, 68 frames, 2 actions → {out} (2 skipped)",
+        f"skipped {raw / 'jack/few/0.png'}: 40×32 is not a strip of square frames",
+        f"skipped {raw / 'jack/v1.1/about.json'}: not a video that can be read",
+    ]
+    made = arrays(out)
+    assert list(made) == [*clips, "strips/0.npy", "strips/1.npy"]
+    assert all(np.array_equal(made[name], clip) for name, clip in clips.items())
+    Image.new("RGB", (40, 32)).save(raw / "jack" / "v1.2" / "3.png")  # a frame changes
+    clips["jack/v1.2.npy"][3] = 0
+    resized(capsys, *args)
+    assert np.array_equal(arrays(out)["jack/v1.2.npy"], clips["jack/v1.2.npy"])
+    assert resized(capsys, "--raw", raw / "jack" / "v1.1", *args[2:])[1].startswith("1 clips, 17")
+    assert np.array_equal(arrays(out)["v1.1.npy"], clips["jack/v1.1.npy"])
+
+
+def test_zips_are_extracted(tmp_path, capsys):
+    """What lies in folders comes beside the zip, all else into a folder of its name."""
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    frames = write_frames(tmp_path / "f", 16)
+    encode(tmp_path / "a.mp4", "testsrc2=s=64x64:d=1")
+    for name, members in {
+        "walk.ZIP": {"anna.mp4": "a.mp4", "__MACOSX/._anna.mp4": "f/0.png"},
+        "more.zip": {"run/a.mp4": "a.mp4", **{f"run/f/{k}.png": f"f/{k}.png" for k in range(16)}},
+        "clip.zip": {f"{k}.png": f"f/{k}.png" for k in range(16)},
+    }.items():
+        raw.mkdir(exist_ok=True)
+        with zipfile.ZipFile(raw / name, "w") as archive:
+            for member, source in members.items():
+                archive.write(tmp_path / source, member)
+    (raw / "bad.zip").write_text("hello")
+    args = "--raw", raw, "--out", out, "--size", 32
+    lines = resized(capsys, *args)
+    assert lines == [
+        f"skipped {raw / 'bad.zip'}: File is not a zip file",
+        f"4 clips, 82 frames, 2 actions → {out} (1 skipped)",
+    ]
+    made = arrays(out)
+    assert list(made) == ["clip.npy", "run/a.npy", "run/f.npy", "walk/anna.npy"]
+    assert np.array_equal(made["clip.npy"], frames) and np.array_equal(made["run/f.npy"], frames)
+    assert np.array_equal(made["run/a.npy"], made["walk/anna.npy"])
+    times = [path.stat().st_mtime_ns for path in out.rglob("*.npy")]
+    assert resized(capsys, *args) == lines
+    assert times == [path.stat().st_mtime_ns for path in out.rglob("*.npy")]
+
+
+def test_a_photo_never_costs_a_video(tmp_path, capsys):
+    """Live Photos and thumbnails: a video's name in another kind of file, before it or after it."""
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    for k in range(17):
+        for name in ("A.JPG", "b.webp", "z.png"):
+            Image.new("RGB", (64, 48)).save(raw / f"{k}{name}")
+        encode(raw / f"{k}A.MOV", "testsrc2=s=64x48:d=1") if k == 0 else None
+    for name in ("b.mp4", "z.avi"):
+        encode(raw / f"0{name}", "testsrc2=s=64x48:d=1")
+    encode(raw / "0A.aac", "sine=d=1")
+    lines = resized(capsys, "--raw", raw, "--out", out, "--size", 32)
+    assert lines[-1] == f"3 clips, 75 frames, 0 actions → {out} (52 skipped)"
+    assert list(arrays(out)) == ["0A.npy", "0b.npy", "0z.npy"]
+    assert f"skipped {raw / '0A.JPG'}: 0A.npy is made of {raw / '0A.MOV'}" in lines
+    assert f"skipped {raw / '0A.aac'}: 0A.npy is made of {raw / '0A.MOV'}" in lines
+    assert f"skipped {raw / '9z.png'}: 64×48 is not a strip of square frames" in lines
+
+
+def test_rates_that_differ_are_told_and_fps_makes_them_one(tmp_path, capsys):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    (raw / "walk").mkdir(parents=True)
+    args = "--raw", raw, "--out", out, "--size", 32
+    encode(raw / "walk" / "a.mp4", "testsrc2=s=64x64:r=25:d=2")
+    encode(raw / "walk" / "b.mp4", "testsrc2=s=64x64:r=24:d=2")
+    assert len(resized(capsys, *args)) == 1
+    encode(raw / "walk" / "c.mp4", "testsrc2=s=64x64:r=60:d=2")
+    note = "note: from 24 frames a second (walk/b.npy) to 60 (walk/c.npy); --fps 25 would give all "
+    for _ in range(2):  # also of clips that were made before
+        assert resized(capsys, *args)[1] == f"{note}motion one speed"
+    (line,) = resized(capsys, *args, "--fps", 25)
+    assert line == f"3 clips, 150 frames, 1 actions → {out} (0 skipped)"
+    vary = ["-vf", "setpts='(N+30*gt(N,20)+0.1)/25/TB'", "-fps_mode", "vfr"]
+    encode(raw / "walk" / "c.mp4", "testsrc2=s=64x64:r=25:d=2", *vary)
+    assert "(walk/c.npy) to 25 (walk/" in resized(capsys, *args)[1]
+
+
+def test_the_bar_moves_within_a_clip(tmp_path, capsys, monkeypatch):
+    encode(tmp_path / "a.mp4", "testsrc2=s=64x64:r=25:d=4")
+    resize_frame = resize.resize_frame
+
+    def slow(*args):
+        time.sleep(0.02)
+        return resize_frame(*args)
+
+    monkeypatch.setattr(resize, "resize_frame", slow)
+    resize.main(["--raw", str(tmp_path), "--out", str(tmp_path / "out")])
+    shown = re.findall(r"([\d.]+)/1 clips", capsys.readouterr().err)
+    assert shown[0] == "0.0" and shown[-1] == "1.0" and len(set(shown)) > 3
+    assert sorted(shown) == shown
+
+
 @pytest.mark.parametrize("args, message", [
     (["--size", "90"], "invalid choice: 90 (choose from 32, 48, "),
+    (["--fps", "0"], "0 is not from 0.1 to 1000"),
     (["--download", "--synthetic"], "not allowed with"),
     (["--raw", "nowhere"], "no clips from 0 files; put videos into a folder for each action"),
 ])  # fmt: skip
@@ -278,13 +398,14 @@ def test_download_fetches_each_zip_once(server, tmp_path, capsys):
     raw, out = tmp_path / "raw", tmp_path / "out"
     args = "--download", "--url", f"{server.url}/", "--raw", raw, "--out", out
     lines = resized(capsys, *args)
-    assert lines[-1] == f"10 clips, 200 frames, 10 actions → {out} (0 skipped)"
-    assert lines[0] == f"downloading {server.url}/bend.zip" and len(lines) == 11
+    assert lines[-1] == f"10 clips, 200 frames, 10 actions → {out} (1 skipped)"
+    assert lines[0] == f"downloading {server.url}/bend.zip" and len(lines) == 12
+    assert lines[10] == f"skipped {raw / 'evil.txt'}: not a video"  # it did not get further
     assert socket.getdefaulttimeout() == 30  # a server that never answers ends the run
-    assert (raw / "bend" / "evil.txt").exists() and not (raw / "evil.txt").exists()
+    assert not (tmp_path / "evil.txt").exists()
     (raw / "run" / "anna_run.png").unlink()
     (raw / "walk" / "anna_walk.png").write_bytes(b"cut off while it was extracted")
-    assert resized(capsys, *args) == lines[-1:]
+    assert resized(capsys, *args) == lines[-2:]
     assert server.requests == [f"/{action}.zip" for action in synthetic.MOVEMENTS]
     strips = [path.read_bytes() for path in raw.glob("*/anna_*.png")]
     assert strips == [(tmp_path / "strip.png").read_bytes()] * 10
