@@ -65,10 +65,7 @@ class ClipDataset:
                 del shapes[path]
         if not shapes:
             skipped = f" ({len(self.skipped)} skipped; {self.skipped[0]})" if self.skipped else ""
-            raise UserError(
-                f"{folder}: no usable clips{skipped}; make some with resize.py, "
-                "from your own videos or with --download or --synthetic"
-            )
+            raise UserError(f"{folder}: no usable clips{skipped}; make some with resize.py")
         self.paths = list(shapes)
         self.names = [path.relative_to(self.folder) for path in self.paths]
         self.lengths = torch.tensor([shape[0] for shape in shapes.values()])

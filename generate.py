@@ -62,8 +62,8 @@ def random_stream(*numbers):
 
 def sample_contents(seed, indices):
     """The contents z_C of these indices: (n, 50), N(0, I)."""
-    streams = [random_stream(seed, 0, i) for i in indices]
-    return torch.stack([torch.randn(DIM_CONTENT, generator=rng) for rng in streams])
+    rngs = [random_stream(seed, 0, i) for i in indices]
+    return torch.stack([torch.randn(DIM_CONTENT, generator=rng) for rng in rngs])
 
 
 def sample_motion_noise(seed, indices, frames):
@@ -71,12 +71,10 @@ def sample_motion_noise(seed, indices, frames):
 
     It comes in blocks of 64 frames, so that longer noise begins as shorter noise does.
     """
-    streams = [random_stream(seed, 1, i) for i in indices]
-    h0 = torch.stack([torch.randn(DIM_MOTION, generator=rng) for rng in streams])
+    rngs = [random_stream(seed, 1, i) for i in indices]
+    h0 = torch.stack([torch.randn(DIM_MOTION, generator=rng) for rng in rngs])
     blocks = range(0, frames, BLOCK)
-    e = [
-        torch.cat([torch.randn(BLOCK, DIM_NOISE, generator=rng) for _ in blocks]) for rng in streams
-    ]
+    e = [torch.cat([torch.randn(BLOCK, DIM_NOISE, generator=rng) for _ in blocks]) for rng in rngs]
     return torch.stack(e)[:, :frames], h0
 
 
@@ -214,8 +212,7 @@ def requested_videos(args, generator):
 def run(args):
     """Generate the videos that `args` ask for and write them to --out."""
     device = utils.pick_device(args.device)
-    # On a GPU, too, the same seed is to give the same bytes.
-    utils.set_up_device(device, deterministic=device.type == "cuda")
+    utils.set_up_device(device, deterministic=device.type == "cuda")  # same seed, same bytes
     generator = load_generator(args.checkpoint, device)
     grids = bool(args.grid) + bool(args.interpolate)
     total = (grids or args.num) * args.frames

@@ -137,11 +137,8 @@ def resume(trainer, checkpoints, info):
         trainer.load_state(state)
         then, now = state["data"], info["data"]
         if then != now:
-            print(
-                "note: the clips have changed, in name or content: "
-                f"{then['clips']} with {then['frames']} frames then, "
-                f"{now['clips']} with {now['frames']} now"
-            )
+            was, is_now = (f"{data['clips']} with {data['frames']} frames" for data in (then, now))
+            print(f"note: the clips have changed, in name or content: {was} then, {is_now} now")
         return state["history"]
     except (AttributeError, LookupError, TypeError, ValueError) as reason:
         message = f"{path}: cannot resume from it ({reason}); leave --pre-train out to start again"

@@ -11,6 +11,7 @@ again only does what is new or has changed.
 import contextlib
 import itertools
 import json
+import shutil
 import socket
 import sys
 import zipfile
@@ -49,15 +50,10 @@ def resize_frame(frame, size=96):
     cut. A 180×144 frame at size 96 is only cut: left 42, top 24. A square frame is scaled whole.
     """
     height, width = frame.shape[:2]
-    if height == width:
-        new = size, size
-    else:
-        new = round(width * size * 3 / 2 / height), size * 3 // 2
-        if new[0] < size:
-            new = size, round(height * size / width)
-    if new != (width, height):
-        shrinks = new[0] < width
-        frame = cv2.resize(frame, new, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    scale = size / height if height == width else max(1.5 * size / height, size / width)
+    new = round(width * scale), round(height * scale)
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    frame = cv2.resize(frame, new, interpolation=method)
     left, top = (new[0] - size) // 2, (new[1] - size) // 2
     return frame[top : top + size, left : left + size]
 
@@ -73,37 +69,43 @@ def resize_clip(frames, size=96, every=1):
 
 
 def unzip(folder):
-    """Extract all zips below `folder`, but for files that are there already.
+    """Extract the zips below `folder`; files that exist stay as they are.
 
-    What lies in folders comes beside the zip, all else into a folder with the zip's name. Returns
-    the zips that cannot be extracted: pairs of path and reason. Raises OSError on a full disk.
+    Folders in a zip come beside it, files in none of them into a folder of its name. Returns what
+    cannot be extracted: pairs of path and reason. Raises OSError on a full disk.
     """
-    damaged = []
+    skipped = []
     paths = utils.files_below(folder) if folder.is_dir() else []
     for path in (path for path in paths if path.suffix.lower() == ".zip"):
         try:
             with zipfile.ZipFile(path) as archive:
                 for member in archive.infolist():
-                    target = path.parent if "/" in member.filename else path.with_suffix("")
-                    file = target / member.filename
-                    if not file.is_file() or file.stat().st_size != member.file_size:
-                        archive.extract(member, target)
+                    parts = [part for part in member.filename.split("/") if part not in ("", "..")]
+                    file = Path(path.parent if len(parts) > 1 else path.with_suffix(""), *parts)
+                    if file.is_file() and file.stat().st_size != member.file_size:
+                        skipped.append((path / member.filename, f"{file} is another file"))
+                    elif not file.exists() and not member.is_dir():
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        part = file.with_name(f".{file.name}.part")
+                        with archive.open(member) as source, open(part, "wb") as target:
+                            shutil.copyfileobj(source, target)
+                        part.rename(file)
         except (RuntimeError, zipfile.BadZipFile) as error:
-            damaged.append((path, str(error)))
-    return damaged
+            skipped.append((path, str(error)))
+    return skipped
 
 
 def find_sources(raw, out, fps=None):
     """Find the clips below `raw`, and those in `out` itself: videos, strips, folders of frames.
 
-    Returns a dict {path of an array, below `out`: the FrameReader of its source}, and a list of the
-    files left out: pairs of path and reason.
+    Zips in `raw` are extracted first. Returns a dict {path of an array, below `out`: the
+    FrameReader of its source}, and a list of the files left out: pairs of path and reason.
     """
-    sources, skipped = {}, []
+    sources, skipped = {}, unzip(raw)
     roots = {raw.resolve(): raw, out.resolve(): out}  # one, if they are the same folder
     for resolved, root in roots.items():
         nested = [other for other in roots if resolved in other.parents]
-        ignored = {".zip", ".npy", ".json", ".part"} if root == out else {".zip"}
+        ignored = [".zip"] * (root == raw) + [".npy", ".json", ".part"] * (root == out)
         folders = defaultdict(list)
         for path in utils.files_below(root) if root.is_dir() else []:
             if path.suffix.lower() in TEXTS:
@@ -142,13 +144,11 @@ def are_frames(images):
 
 def synthetic_sources():
     """The nine synthetic people doing the ten actions, as `find_sources` gives real clips."""
-    return {
-        Path(action, f"{who.name}_{action}.npy"): FrameReader(
-            SYNTHETIC, frames=synthetic.render_clip(who, action)
-        )
-        for action in ACTIONS
-        for who in synthetic.PEOPLE
-    }
+    sources = {}
+    for action, who in itertools.product(ACTIONS, synthetic.PEOPLE):
+        frames = synthetic.render_clip(who, action)
+        sources[Path(action, f"{who.name}_{action}.npy")] = FrameReader(SYNTHETIC, frames=frames)
+    return sources
 
 
 def convert(sources, out, size=96, every=1, fps=None):
@@ -205,8 +205,7 @@ def is_up_to_date(path, size, source, settings):
 
 def arrays_in(out):
     """The paths, below `out`, of all arrays there."""
-    files = utils.files_below(out) if out.exists() else []
-    return [path.relative_to(out) for path in files if path.suffix == ".npy"]
+    return [path.relative_to(out) for path in utils.files_below(out) if path.suffix == ".npy"]
 
 
 def download(raw, url=URL):
@@ -254,16 +253,14 @@ def make_arrays(args):
     if args.download:
         with utils.lock_folders(args.raw):
             download(args.raw, args.url)
-    if args.synthetic:
-        sources, skipped = synthetic_sources(), []
-        if others := [array for array in arrays_in(args.out) if array not in sources]:
-            message = f"--synthetic: {args.out} holds other clips, such as {others[0]}"
-            raise UserError(f"{message}; name another folder with --out")
-    else:
-        damaged = unzip(args.raw)
-        sources, skipped = find_sources(args.raw, args.out, args.fps)
-        skipped += damaged
     with utils.lock_folders(args.out):
+        if args.synthetic:
+            sources, skipped = synthetic_sources(), []
+            if others := [array for array in arrays_in(args.out) if array not in sources]:
+                message = f"--synthetic: {args.out} holds other clips, such as {others[0]}"
+                raise UserError(f"{message}; name another folder with --out")
+        else:
+            sources, skipped = find_sources(args.raw, args.out, args.fps)
         lengths, rates, failed = convert(sources, args.out, args.size, args.every, args.fps)
         skipped += failed
         for path, reason in skipped:
@@ -284,19 +281,12 @@ def make_arrays(args):
         f"{args.out} ({len(skipped)} skipped)"
     )
     if others := [array for array in arrays_in(args.out) if array not in lengths]:
-        print(
-            f"note: {args.out} also holds {len(others)} arrays that this run did not make, such as "
-            f"{others[0]}; main.py trains on them too, unless you delete them"
-        )
-    if rates:
-        slowest = min(rates, key=lambda array: rates[array][0])
-        fastest = max(rates, key=lambda array: rates[array][1])
-        low, high = rates[slowest][0], rates[fastest][1]
-        if high > 1.1 * low:
-            print(
-                f"note: from {low:.3g} frames a second ({slowest}) to {high:.3g} ({fastest}); "
-                "--fps 25 would give all motion one speed"
-            )
+        print(f"note: main.py trains on {len(others)} older arrays, too: {args.out / others[0]} …")
+    low, slowest = min(((low, array) for array, (low, _) in rates.items()), default=(1, ""))
+    high, fastest = max(((high, array) for array, (_, high) in rates.items()), default=(1, ""))
+    if high > 1.1 * low:
+        rates = f"from {low:.3g} frames a second ({slowest}) to {high:.3g} ({fastest})"
+        print(f"note: {rates}; --fps 25 would give all motion one speed")
 
 
 if __name__ == "__main__":

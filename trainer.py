@@ -48,19 +48,16 @@ class Trainer:
 
     def __init__(self, clips, batch_size=16, lr=2e-4, seed=0, device="cpu", precision="fp32"):
         self.clips, self.batch_size, self.seed = clips, batch_size, seed
-        self.device = torch.device(device)
+        self.device = device = torch.device(device)
         self.epoch = 0
-        self.autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=precision == "bf16"
-        )
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.generator = VideoGenerator(clips.size)
             self.image_discriminator = ImageDiscriminator(clips.size)
             self.video_discriminator = VideoDiscriminator(clips.size, clips.frames)
-        self.discriminators = torch.nn.ModuleList(
-            [self.image_discriminator, self.video_discriminator]
-        )
+        discriminators = self.image_discriminator, self.video_discriminator
+        self.discriminators = torch.nn.ModuleList(discriminators)
         self.generator.to(self.device)
         self.discriminators.to(self.device)
         if self.device.type != "mps":  # where Conv3d was wrong in this layout: pytorch#141471
@@ -271,11 +268,10 @@ def train(trainer, args, log, page, checkpoints, info, stop):
         save_samples(trainer, log, args.videos)
     saved = time.perf_counter()
     page_written = saved - PAGE_INTERVAL + 5  # the first page comes after five seconds
-    bar_format = "{n_fmt}/{total_fmt} |{bar}| {remaining} left, {rate_fmt}{postfix}"
+    style = "{n_fmt}/{total_fmt} |{bar}| {remaining} left, {rate_fmt}{postfix}"
     log.start_clock()
-    with progress_bar(
-        total=args.epochs, initial=trainer.epoch, unit="epoch", bar_format=bar_format
-    ) as bar:
+    bar = progress_bar(total=args.epochs, initial=trainer.epoch, unit="epoch", bar_format=style)
+    with bar:
         for epoch in range(trainer.epoch + 1, args.epochs + 1):
             log.add(trainer.train_epoch())
             now = time.perf_counter()

@@ -90,9 +90,8 @@ def os_error_message(error):
 def is_out_of_memory(error):
     """Whether `error` says that the memory of the host or of a device is full."""
     phrases = "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED"
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
-    )
+    says_so = isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
+    return says_so or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 class Parser(argparse.ArgumentParser):

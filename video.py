@@ -26,6 +26,7 @@ FORMATS = ("gif", "mp4", "png", "npy")
 GIF_FPS = 50  # browsers slow down what is faster
 PALETTE_BYTES = 2**23  # of the first frames, from which a GIF's colours are chosen
 RESAMPLE = {"nearest": cv2.INTER_NEAREST, "lanczos": cv2.INTER_LANCZOS4}
+NUMBERS = re.compile(r"(\D*)(\d*)")  # in a name, with what stands before each
 MAX_PIXELS = 16384  # the largest width and height of H.264
 
 
@@ -36,11 +37,10 @@ class Unusable(Exception):
 class FrameReader:
     """Iterates over the frames of a clip: (H, W, 3) uint8, RGB.
 
-    path: a video in any format that FFmpeg reads, an image strip (square frames, side by side or
-    one below the other) or a folder of images, ordered by the numbers in their names. A video is
-    read as FFmpeg shows it: its default track, upright, deinterlaced, with square pixels.
-    fps: resample a video to this frame rate; None: take every frame that can be decoded.
-    frames: an iterable of frames, to be taken instead of those in `path`.
+    path: a video, read as FFmpeg shows it (its default track, upright, deinterlaced, with square
+    pixels), an image strip (square frames, side by side or one below the other) or a folder of
+    images, ordered by the numbers in their names. fps: resample a video to this rate; None: take
+    every frame that can be decoded. frames: an iterable to be taken instead of what is in `path`.
 
     Attributes, set while it reads: `times`, when a video shows each of its frames, in seconds, and
     `done`, the part that is read, 0 to 1. Iterating raises Unusable if the clip cannot be read.
@@ -65,7 +65,8 @@ class FrameReader:
     def _read_folder(self):
         paths = [path for path in self.path.glob("[!.]*") if path.suffix.lower() in IMAGES]
         shape = None
-        for k, path in enumerate(sorted(paths, key=by_numbers), start=1):
+        paths.sort(key=lambda path: [(a, int(n or 0)) for a, n in NUMBERS.findall(path.name)])
+        for k, path in enumerate(paths, start=1):
             image = read_image(path)
             shape = shape or image.shape
             if image.shape != shape:
@@ -88,6 +89,8 @@ class FrameReader:
                     width, height = map(int, process.stdout.readline().split())
                     process.stdout.readline()
                     pixels = process.stdout.read(height * width * 3)
+                    if len(pixels) < height * width * 3:
+                        break  # it crashed on a damaged file
                     frame = np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
                     yield frame
             finally:
@@ -111,11 +114,6 @@ class FrameReader:
         """The lowest and the highest frame rate of 16 frames in a row; None if unknown."""
         seconds = np.subtract(self.times[15:], self.times[:-15])
         return (15 / seconds.max(), 15 / seconds.min()) if (seconds > 0).any() else None
-
-
-def by_numbers(path):
-    """A key that sorts paths by the numbers in their names: frame9.png before frame10.png."""
-    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", path.name)]
 
 
 def read_strip(path):
@@ -249,8 +247,6 @@ def enlarge(frame, scale, resample="nearest"):
 
     resample: "nearest" or "lanczos".
     """
-    if scale == 1:
-        return frame
     size = frame.shape[1] * scale, frame.shape[0] * scale
     return cv2.resize(frame, size, interpolation=RESAMPLE[resample])
 

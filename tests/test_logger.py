@@ -66,6 +66,8 @@ def test_logger_writes_metrics_by_name(tmp_path, five):
 
 def test_logger_resumes_from_the_history_of_a_checkpoint(tmp_path, five):
     """Without what was logged after it, here and in TensorBoard; and with a metric that is new."""
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    events.rename(tmp_path / "events.out.tfevents.1.a.1.0")  # TensorBoard reads by the second
     with Logger(tmp_path, {name: column[:3] for name, column in five.items()}) as log:
         log.add({**metrics(4), "new": torch.tensor(8.0)})
         log.flush(4)

@@ -491,8 +491,9 @@ def test_other_clips_are_noted(run, tmp_path, clips_folder):
     path, pixels = arrays.popitem()
     path.unlink()
     now = sum(len(clip) for clip in arrays.values())
-    counts = f"{len(arrays) + 1} with {now + len(pixels)} frames then, {len(arrays)} with {now} now"
-    note = f"note: the clips have changed, in name or content: {counts}\n"
+    then = f"{len(arrays) + 1} with {now + len(pixels)} frames then"
+    note = "note: the clips have changed, in name or content: "
+    note += f"{then}, {len(arrays)} with {now} frames now\n"
     assert note in run.resume("--epochs=2")
     assert "the clips have changed" not in run.resume("--epochs=3")
 
