@@ -124,11 +124,9 @@ def test_only_what_is_new_or_changed_is_made(tmp_path, capsys):
         array.write_bytes(damaged)
         assert written() == "a" and holds(frames_a, frames_b)
     b.unlink()
-    b_array = out / "jack" / "indoors" / "b.npy"
     lines = resized(capsys, "--raw", raw, "--out", out, "--size", 32)
-    assert (
-        lines[-1] == f"note: main.py trains on 1 older arrays, too: {out / 'jack/indoors/b.npy'} …"
-    )
+    b = out / "jack" / "indoors" / "b.npy"
+    assert lines[-1] == f"note: main.py trains on 1 older arrays, too: {b} …"
 
 
 def test_bad_files_are_named_and_counted(tmp_path):
