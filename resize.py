@@ -8,7 +8,6 @@ Each clip becomes resized_data/<action>/<clip>.npy: uint8, (n_frames, 96, 96, 3)
 again only does what is new or has changed.
 """
 
-import contextlib
 import itertools
 import json
 import shutil
@@ -29,7 +28,7 @@ if __name__ == "__main__":  # a notebook may hold other modules of these names, 
 import synthetic
 import utils
 from utils import Parser, UserError, number
-from video import IMAGES, FrameReader, Unusable, read_image, save_npy
+from video import IMAGES, FrameReader, Unusable, image_kind, save_npy
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # a bad file gets our line only
 
@@ -52,8 +51,7 @@ def resize_frame(frame, size=96):
     height, width = frame.shape[:2]
     scale = size / height if height == width else max(1.5 * size / height, size / width)
     new = round(width * scale), round(height * scale)
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    frame = cv2.resize(frame, new, interpolation=method)
+    frame = cv2.resize(frame, new, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     left, top = (new[0] - size) // 2, (new[1] - size) // 2
     return frame[top : top + size, left : left + size]
 
@@ -116,7 +114,9 @@ def find_sources(raw, out, fps=None):
             if any(folder.resolve().is_relative_to(other) for other in nested):
                 continue  # it is found there
             paths.sort(key=rank)
-            if rank(paths[0]) > 0 and are_frames(images := [p for p in paths if rank(p) == 2]):
+            images = [path for path in paths if rank(path) == 2]
+            kind = next(filter(None, map(image_kind, images)), None)
+            if rank(paths[0]) > 0 and len(images) > 1 and kind == "photo":
                 paths = [folder, *paths[: -len(images)]]
             for path in paths:
                 place = path.relative_to(root) if path != root else Path(path.resolve().name)
@@ -131,15 +131,6 @@ def find_sources(raw, out, fps=None):
 def rank(path):
     """Of files with one name but for the ending the one of the lowest rank is taken: a video."""
     return 0 if path.suffix.lower() in VIDEOS else 2 if path.suffix.lower() in IMAGES else 1
-
-
-def are_frames(images):
-    """Whether these images of a folder are the frames of a clip, rather than strips or a photo."""
-    for path in images if len(images) > 1 else []:
-        with contextlib.suppress(Unusable, OSError):
-            height, width, _ = read_image(path).shape
-            return max(height, width) < 4 * min(height, width)
-    return False
 
 
 def synthetic_sources():

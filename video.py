@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils import UserError, atomic_write
 
+Image.MAX_IMAGE_PIXELS = None  # phones make larger photos
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 FORMATS = ("gif", "mp4", "png", "npy")
 GIF_FPS = 50  # browsers slow down what is faster
@@ -55,7 +56,7 @@ class FrameReader:
                 yield from self.frames
             elif self.path.is_dir():
                 yield from self._read_folder()
-            elif self.path.suffix.lower() in IMAGES:
+            elif self.path.suffix.lower() in IMAGES and image_kind(self.path) != "animation":
                 yield from read_strip(self.path)
             else:
                 yield from self._read_video()
@@ -114,6 +115,14 @@ class FrameReader:
         """The lowest and the highest frame rate of 16 frames in a row; None if unknown."""
         seconds = np.subtract(self.times[15:], self.times[:-15])
         return (15 / seconds.max(), 15 / seconds.min()) if (seconds > 0).any() else None
+
+
+def image_kind(path):
+    """What an image is: a "strip" of frames, an "animation" or a "photo"; None if unreadable."""
+    with contextlib.suppress(OSError), Image.open(path) as image:
+        if image.format in ("PNG", "WEBP") and image.is_animated:
+            return "animation"
+        return "strip" if max(image.size) >= 4 * min(image.size) else "photo"
 
 
 def read_strip(path):
