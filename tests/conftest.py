@@ -32,6 +32,7 @@ def pytest_report_header():
 
 def encode(path, source, *options):
     """Make a video with FFmpeg. source: a lavfi graph, or the path of another video."""
+    path.parent.mkdir(exist_ok=True)
     inputs = ["-i", source] if os.path.exists(source) else ["-f", "lavfi", "-i", source]
     at = options.index("-before") if "-before" in options else len(options)  # options of the input
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *options[at + 1 :], *inputs]

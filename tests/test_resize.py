@@ -175,14 +175,17 @@ def test_folders_of_frames_are_clips(tmp_path, capsys):
     Image.new("RGB", (40, 32)).save(raw / "jack" / "few" / "0.png")
     write_strip(raw / "strips" / "0.png", 16)  # a folder of strips is not one clip
     write_strip(raw / "strips" / "1.png", 17)
+    for name in ("0.webp", "1.webp"):  # nor is one of animations
+        encode(raw / "moving" / name, "testsrc2=s=40x32:d=1", "-c:v", "libwebp_anim")
     lines = resized(capsys, *args)
     assert sorted(lines) == [
-        f"4 clips, 68 frames, 2 actions → {out} (2 skipped)",
+        f"6 clips, 118 frames, 3 actions → {out} (2 skipped)",
         f"skipped {raw / 'jack/few/0.png'}: 40×32 is not a strip of square frames",
         f"skipped {raw / 'jack/v1.1/about.json'}: not a video that can be read",
     ]
     made = arrays(out)
-    assert list(made) == [*clips, "strips/0.npy", "strips/1.npy"]
+    both = [f"{folder}/{k}.npy" for folder in ("moving", "strips") for k in (0, 1)]
+    assert list(made) == [*clips, *both]
     assert all(np.array_equal(made[name], clip) for name, clip in clips.items())
     Image.new("RGB", (40, 32)).save(raw / "jack" / "v1.2" / "3.png")  # a frame changes
     clips["jack/v1.2.npy"][3] = 0

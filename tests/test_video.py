@@ -207,6 +207,7 @@ def source_frames(tmp_path_factory):
     ("a.mp4", "-c:v libsvtav1 -crf 10"), ("a.webm", "-c:v libvpx-vp9 -crf 10"),
     ("a.mkv", "-c:v ffv1 -pix_fmt rgb48le"), ("a.ts", "-c:v libx265 -crf 10 -pix_fmt yuv420p10"),
     ("a.dat", "-c:v mjpeg -q:v 2 -f mov"), ("a", "-c:v libx264 -crf 10 -f mp4"),
+    ("a.png", "-f apng"), ("a.webp", "-c:v libwebp_anim -lossless 1"),
 ])  # fmt: skip
 def test_frame_reader_reads_what_ffmpeg_reads(tmp_path, source_frames, name, options):
     frames = frames_of(encode(tmp_path / name, TEST_VIDEO, *options.split()))
@@ -298,6 +299,16 @@ def test_frame_reader_takes_what_can_be_decoded(tmp_path):
     damaged = frames_of(path)
     assert len(damaged) >= 49 and (damaged[:20] == intact[:20]).all()
     assert (damaged[-20:] == intact[-20:]).all()
+
+
+def test_frame_reader_survives_a_crash_of_ffmpeg(tmp_path, monkeypatch):
+    """What came before is taken, as of any damaged file."""
+    image = b"P6\n2 1\n255\n" + bytes(range(6))
+    script = f"#!{sys.executable}\nimport os\nos.write(1, {image + image[:-1]!r})\nos.abort()\n"
+    (tmp_path / "ffmpeg").write_text(script)
+    (tmp_path / "ffmpeg").chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "ffmpeg"))
+    assert frames_of(tmp_path / "ffmpeg").tolist() == [[[[0, 1, 2], [3, 4, 5]]]]
 
 
 def test_frame_reader_takes_the_default_track(tmp_path):
