@@ -176,7 +176,7 @@ def test_folders_of_frames_are_clips(tmp_path, capsys):
     write_strip(raw / "strips" / "0.png", 16)  # a folder of strips is not one clip
     write_strip(raw / "strips" / "1.png", 17)
     for name in ("0.webp", "1.webp"):  # nor is one of animations
-        encode(raw / "moving" / name, "testsrc2=s=40x32:d=1", "-c:v", "libwebp_anim")
+        encode(raw / "moving" / name, "testsrc2=s=128x96:d=1", "-c:v", "libwebp_anim")
     lines = resized(capsys, *args)
     assert sorted(lines) == [
         f"6 clips, 118 frames, 3 actions → {out} (2 skipped)",
