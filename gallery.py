@@ -37,8 +37,8 @@ class Page:
             newest=image_tag(self.folder / f"epoch-{newest:06d}.gif", "16 generated videos"),
             newest_epoch=f"{newest:,}",
             real=image_tag(self.folder / "real.gif", "16 real videos"),
-            curves=svg_tag(log.picture("svg", "image"), "image losses")
-            + svg_tag(log.picture("svg", "video"), "video losses"),
+            curves=svg_tag(log.render("svg", "image"), "image losses")
+            + svg_tag(log.render("svg", "video"), "video losses"),
             timeline="\n".join(
                 f'<li><a href="{path.name}" data-epoch="{e}" data-name="{e:,}">'
                 f"{image_tag(path, f'16 generated videos, epoch {e}', lazy=True)}{e:,}</a></li>"
@@ -66,7 +66,6 @@ def image_tag(path, text, lazy=False):
     return f'<img src="{path.name}" alt="{text}" loading="{"lazy" if lazy else "eager"}">'
 
 
-def svg_tag(picture, text):
-    """An img element that holds an SVG picture, bytes."""
-    data = base64.b64encode(picture).decode()
-    return f'<img src="data:image/svg+xml;base64,{data}" alt="{text}">'
+def svg_tag(svg, text):
+    """An img element that holds a picture, the bytes of an SVG."""
+    return f'<img src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" alt="{text}">'

@@ -85,11 +85,11 @@ class Logger:
     def plot(self):
         """Plot losses.png: the losses on images and on videos, side by side."""
         with atomic_write(self.folder / "losses.png") as file:
-            file.write(self.picture("png", "image", "video"))
+            file.write(self.render("png", "image", "video"))
 
     @matplotlib.style.context("default")  # whatever the user's matplotlibrc says
-    def picture(self, format, *kinds):
-        """A plot of the losses on each of `kinds`, "image" or "video": the bytes of a png or svg.
+    def render(self, file_format, *kinds):
+        """Plot the losses on each of `kinds`, "image" or "video": the bytes of a "png" or "svg".
 
         Each epoch is faint, the running mean strong; at most some 1,000 points of each.
         """
@@ -108,7 +108,7 @@ class Logger:
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
         file = io.BytesIO()
-        figure.savefig(file, format=format, dpi=100)
+        figure.savefig(file, format=file_format)
         return file.getvalue()
 
     def __enter__(self):

@@ -33,10 +33,6 @@ from video import IMAGES, FrameReader, Unusable, image_kind, save_npy
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # a bad file gets our line only
 
 MIN_FRAMES = 16  # the window of the video discriminator
-# Usual endings of videos: images beside such a file are photos. Others may be videos, too.
-VIDEOS = {".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".wmv", ".mts"}
-VIDEOS |= {".3gp", ".flv", ".m2ts", ".ts", ".ogv", ".vob", ".asf", ".divx", ".m2v", ".mxf", ".dv"}
-TEXTS = {".txt", ".nfo", ".diz", ".asc", ".ans", ".bin"}  # FFmpeg would show them as text
 SYNTHETIC = Path(synthetic.__file__)  # the source of all synthetic clips
 URL = "https://www.wisdom.weizmann.ac.il/~vision/VideoAnalysis/Demos/SpaceTimeActions/DB"
 ACTIONS = ("bend", "jack", "jump", "pjump", "run", "side", "skip", "walk", "wave1", "wave2")
@@ -67,29 +63,30 @@ def resize_clip(frames, size=96, every=1):
 
 
 def unzip(folder):
-    """Extract the zips below `folder`; files that exist stay as they are.
+    """Extract each zip below `folder` once, into a folder of its name beside it.
 
-    Folders in a zip come beside it, files in none of them into a folder of its name. Returns what
-    cannot be extracted: pairs of path and reason. Raises OSError on a full disk.
+    Returns those that are left out: pairs of path and reason. Raises OSError on a full disk.
     """
     skipped = []
     paths = utils.files_below(folder) if folder.is_dir() else []
     for path in (path for path in paths if path.suffix.lower() == ".zip"):
+        target, part = path.with_suffix(""), path.with_name(f".{path.name}.part")
+        if (target / ".extracted").exists():
+            continue
         try:
-            with zipfile.ZipFile(path) as archive:
-                for member in archive.infolist():
-                    parts = [part for part in member.filename.split("/") if part not in ("", "..")]
-                    file = Path(path.parent if len(parts) > 1 else path.with_suffix(""), *parts)
-                    if file.is_file() and file.stat().st_size != member.file_size:
-                        skipped.append((path / member.filename, f"{file} is another file"))
-                    elif not file.exists() and not member.is_dir():
-                        file.parent.mkdir(parents=True, exist_ok=True)
-                        part = file.with_name(f".{file.name}.part")
-                        with archive.open(member) as source, open(part, "wb") as target:
-                            shutil.copyfileobj(source, target)
-                        part.rename(file)
-        except (RuntimeError, zipfile.BadZipFile) as error:
+            if target.exists():
+                raise FileExistsError(f"{target} exists and is taken instead")
+            print(f"extracting {path}", flush=True)
+            zipfile.ZipFile(path).extractall(part)
+            (part / ".extracted").touch()
+            part.rename(target)
+            skipped += unzip(target)
+        except Exception as error:  # zipfile raises a dozen kinds
+            if getattr(error, "errno", None) in utils.DISK_FULL:
+                raise
             skipped.append((path, str(error)))
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return skipped
 
 
@@ -103,34 +100,31 @@ def find_sources(raw, out, fps=None):
     roots = {raw.resolve(): raw, out.resolve(): out}  # one, if they are the same folder
     for resolved, root in roots.items():
         nested = [other for other in roots if resolved in other.parents]
-        ignored = [".zip"] * (root == raw) + [".npy", ".json", ".part"] * (root == out)
+        ignored = {".zip"} if resolved == raw.resolve() else set()
+        ignored |= {".npy", ".json"} if resolved == out.resolve() else set()
         folders = defaultdict(list)
         for path in utils.files_below(root) if root.is_dir() else []:
-            if path.suffix.lower() in TEXTS:
-                skipped.append((path, "not a video"))
-            elif path.suffix.lower() not in ignored:
+            if path.suffix.lower() not in ignored:
                 folders[path.parent].append(path)
         for folder, paths in folders.items():
             if any(folder.resolve().is_relative_to(other) for other in nested):
                 continue  # it is found there
-            paths.sort(key=rank)
-            images = [path for path in paths if rank(path) == 2]
+            images = [path for path in paths if path.suffix.lower() in IMAGES]
+            others = [path for path in paths if path.suffix.lower() not in IMAGES]
             kind = next(filter(None, map(image_kind, images)), None)
-            if rank(paths[0]) > 0 and len(images) > 1 and kind == "photo":
-                paths = [folder, *paths[: -len(images)]]
-            for path in paths:
-                place = path.relative_to(root) if path != root else Path(path.resolve().name)
-                array = Path(f"{place}.npy") if path == folder else place.with_suffix(".npy")
-                if array in sources:
-                    skipped.append((path, f"{array} is made of {sources[array].path}"))
+            are_photos = len(images) > 1 and kind == "photo"
+            if are_photos and not any(FrameReader(path).has_frames() for path in others):
+                images = [folder]  # they are the frames of a clip
+            for path in [*others, *images]:
+                relative = path.relative_to(root) if path != root else Path(path.resolve().name)
+                array = Path(f"{relative}.npy") if path == folder else relative.with_suffix(".npy")
+                other = sources.get(array)
+                if other and other.has_frames():
+                    skipped.append((path, f"{array} is made from {other.path}: rename one"))
                 else:
                     sources[array] = FrameReader(path, fps)
+                    skipped += [(other.path, "not a video")] if other else []
     return sources, skipped
-
-
-def rank(path):
-    """Of files with one name but for the ending the one of the lowest rank is taken: a video."""
-    return 0 if path.suffix.lower() in VIDEOS else 2 if path.suffix.lower() in IMAGES else 1
 
 
 def synthetic_sources():
@@ -145,11 +139,11 @@ def synthetic_sources():
 def convert(sources, out, size=96, every=1, fps=None):
     """Write an array for each of `sources` (see `find_sources`), unless `out` has it already.
 
-    Returns a dict {path of an array: its number of frames}, a dict {path of an array, as a string:
-    `FrameReader.rates`}, and a list of the sources left out: pairs of path and reason. Raises
-    OSError if an array cannot be written.
+    Returns two dicts by the paths of the arrays, their numbers of frames and, where they are known,
+    the `FrameReader.rates` of their sources, and a list of the sources left out: pairs of path and
+    reason. Raises OSError if an array cannot be written.
     """
-    is_synthetic = any(frames.path == SYNTHETIC for frames in sources.values())
+    is_synthetic = any(reader.path == SYNTHETIC for reader in sources.values())
     content = {"size": size, "every": every, "fps": fps, "synthetic": is_synthetic}
     content, settings = json.dumps(content).encode(), out / "settings.json"
     if not settings.exists() or settings.read_bytes() != content:
@@ -160,25 +154,28 @@ def convert(sources, out, size=96, every=1, fps=None):
     style = "{l_bar}{bar}| {n:.1f}/{total} clips [{elapsed}<{remaining}]"
     bar = utils.progress_bar(total=len(sources), desc="resizing", miniters=0, bar_format=style)
 
-    def move_bar(frames):
-        for frame in frames:
-            bar.update(k + frames.done - bar.n)
+    def move_bar(reader):
+        for frame in reader:
+            bar.update(k + reader.done - bar.n)
             yield frame
 
-    with bar:
-        for k, (array, frames) in enumerate(sources.items()):
+    try:
+        for k, (array, reader) in enumerate(sources.items()):
             try:
-                if not is_up_to_date(out / array, size, frames.path, settings):
+                if not is_up_to_date(out / array, size, reader.path, settings):
                     (out / array).parent.mkdir(parents=True, exist_ok=True)
-                    save_npy(out / array, resize_clip(move_bar(frames), size, every))
-                    rates[str(array)] = frames.rates()
+                    save_npy(out / array, resize_clip(move_bar(reader), size, every))
+                    rates[str(array)] = reader.rates()
                 lengths[array] = len(np.load(out / array, mmap_mode="r"))
             except (Unusable, cv2.error) as error:
-                skipped.append((array if is_synthetic else frames.path, str(error).strip()))
+                (out / array).unlink(missing_ok=True)  # of other settings, or of another file
+                skipped.append((array if is_synthetic else reader.path, str(error).strip()))
             bar.update(k + 1 - bar.n)
-    rates = {str(array): rates[str(array)] for array in lengths if rates.get(str(array))}
-    with utils.atomic_write(rates_file) as file:
-        file.write(json.dumps(rates).encode())
+    finally:
+        bar.close()
+        with utils.atomic_write(rates_file) as file:
+            file.write(json.dumps(rates).encode())
+    rates = {array: rates[str(array)] for array in lengths if rates.get(str(array))}
     return lengths, rates, skipped
 
 
@@ -188,10 +185,15 @@ def is_up_to_date(path, size, source, settings):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         intact = array.dtype == np.uint8 and array.shape[1:] == (size, size, 3)
         files = settings, source, *(source.iterdir() if source.is_dir() else ())
-        newest = max(file.stat().st_mtime_ns for file in files)
-        return intact and len(array) >= MIN_FRAMES and path.stat().st_mtime_ns > newest
+        newest = max(map(changed, files))
+        return intact and len(array) >= MIN_FRAMES and changed(path) > newest
     except Exception:  # NumPy raises a dozen kinds for a damaged file
         return False
+
+
+def changed(path):
+    """When a file came to be what it is, in ns: one that is moved here may keep its old mtime."""
+    return max(path.stat().st_mtime_ns, path.stat().st_ctime_ns)
 
 
 def arrays_in(out):
@@ -258,8 +260,8 @@ def make_arrays(args):
             print(f"skipped {path}: {reason}")
         if not lengths:
             raise UserError(
-                f"no clips from {len(skipped)} files; put videos into a folder for each action in "
-                f"{args.raw}, fetch Weizmann's with --download, or render some with --synthetic"
+                f"no clips from {len(skipped)} files in {args.raw}; put videos there, in a folder "
+                "for each action, fetch Weizmann's with --download, or render some with --synthetic"
             )
         leftover = set(arrays_in(args.out)) & set(synthetic_sources()) - set(sources)
         for array in leftover:
@@ -275,9 +277,9 @@ def make_arrays(args):
         print(f"note: main.py trains on {len(others)} older arrays, too: {args.out / others[0]} …")
     low, slowest = min(((low, array) for array, (low, _) in rates.items()), default=(1, ""))
     high, fastest = max(((high, array) for array, (_, high) in rates.items()), default=(1, ""))
-    if high > 1.1 * low:
-        rates = f"from {low:.3g} frames a second ({slowest}) to {high:.3g} ({fastest})"
-        print(f"note: {rates}; --fps 25 would give all motion one speed")
+    if high > 1.1 * low and not args.fps:
+        differ = f"from {low:.3g} frames a second ({slowest}) to {high:.3g} ({fastest})"
+        print(f"note: {differ}; --fps 25 would give all motion one speed")
 
 
 if __name__ == "__main__":

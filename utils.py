@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 PRECISIONS = ("auto", "fp32", "bf16")
 IN_IPYTHON = hasattr(builtins, "__IPYTHON__")  # Jupyter and Colab included
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a training run writes into its two folders.
 RUN_FILES = ("checkpoint*.pt", "generator.pt", "losses.*", "events.out.tfevents.*")
 RUN_FILES += ("real.gif", "epoch-*.gif", "index.html")
@@ -80,7 +81,7 @@ def os_error_message(error):
     """What an OSError says, and what to do about it."""
     path = os.fsdecode(error.filename) if error.filename else None  # TensorBoard has bytes there
     message = f"{path}: {error.strerror or error}" if path else str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in DISK_FULL:
         return f"{message}; free some space"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{message}; change its permissions, or name another folder"

@@ -27,7 +27,8 @@ FORMATS = ("gif", "mp4", "png", "npy")
 GIF_FPS = 50  # browsers slow down what is faster
 PALETTE_BYTES = 2**23  # of the first frames, from which a GIF's colours are chosen
 RESAMPLE = {"nearest": cv2.INTER_NEAREST, "lanczos": cv2.INTER_LANCZOS4}
-NUMBERS = re.compile(r"(\D*)(\d*)")  # in a name, with what stands before each
+# Downloads that are not complete, and what FFmpeg would show as text.
+NO_VIDEOS = {".part", ".txt", ".nfo", ".diz", ".asc", ".ans", ".art", ".ice", ".vt", ".idf", ".bin"}
 MAX_PIXELS = 16384  # the largest width and height of H.264
 
 
@@ -44,7 +45,7 @@ class FrameReader:
     every frame that can be decoded. frames: an iterable to be taken instead of what is in `path`.
 
     Attributes, set while it reads: `times`, when a video shows each of its frames, in seconds, and
-    `done`, the part that is read, 0 to 1. Iterating raises Unusable if the clip cannot be read.
+    `done`, the part that FFmpeg has read, 0 to 1. Iterating raises Unusable if it cannot be read.
     """
 
     def __init__(self, path, fps=None, frames=None):
@@ -54,19 +55,26 @@ class FrameReader:
         try:
             if self.frames is not None:
                 yield from self.frames
+            elif self.path.suffix.lower() in NO_VIDEOS:
+                raise Unusable("not a video")
             elif self.path.is_dir():
                 yield from self._read_folder()
             elif self.path.suffix.lower() in IMAGES and image_kind(self.path) != "animation":
                 yield from read_strip(self.path)
             else:
                 yield from self._read_video()
-        except OSError as error:
-            raise Unusable(error.strerror or str(error)) from None
+        except (OSError, cv2.error) as error:
+            raise Unusable(getattr(error, "strerror", None) or str(error).strip()) from None
+
+    def has_frames(self):
+        """Whether it has two frames: it is neither a photo, nor unreadable."""
+        with contextlib.suppress(Unusable):
+            return len(list(itertools.islice(self, 2))) == 2
 
     def _read_folder(self):
         paths = [path for path in self.path.glob("[!.]*") if path.suffix.lower() in IMAGES]
         shape = None
-        paths.sort(key=lambda path: [(a, int(n or 0)) for a, n in NUMBERS.findall(path.name)])
+        paths.sort(key=lambda p: [(a, int(n or 0)) for a, n in re.findall(r"(\D*)(\d*)", p.name)])
         for k, path in enumerate(paths, start=1):
             image = read_image(path)
             shape = shape or image.shape
@@ -80,7 +88,8 @@ class FrameReader:
         filters = "bwdif=mode=send_frame:deint=interlaced," + f"fps={self.fps}," * bool(self.fps)
         filters += "scale=iw*sar:ih,showinfo=checksum=0"
         command = [ffmpeg(), "-nostdin", "-nostats", "-i", f"file:{self.path}", "-vf", filters]
-        command += "-fps_mode passthrough -pix_fmt rgb24 -c:v ppm -f image2pipe -".split()  # noqa: SIM905
+        command += ["-fps_mode", "passthrough", "-pix_fmt", "rgb24"]  # every frame, 8 bits
+        command += ["-c:v", "ppm", "-f", "image2pipe", "-"]
         self.times, frame = [], None
         with Popen(command, stdout=PIPE, stderr=PIPE) as process:
             listener = threading.Thread(target=self._listen, args=[process.stderr], daemon=True)
@@ -112,14 +121,15 @@ class FrameReader:
                 duration = 3600 * hours + 60 * minutes + seconds or duration
 
     def rates(self):
-        """The lowest and the highest frame rate of 16 frames in a row; None if unknown."""
+        """The lowest and the highest rate of 16 frames in a row, frames a second; None: unknown."""
         seconds = np.subtract(self.times[15:], self.times[:-15])
-        return (15 / seconds.max(), 15 / seconds.min()) if (seconds > 0).any() else None
+        seconds = seconds[seconds > 0]
+        return (15 / seconds.max(), 15 / seconds.min()) if seconds.size else None
 
 
 def image_kind(path):
     """What an image is: a "strip" of frames, an "animation" or a "photo"; None if unreadable."""
-    with contextlib.suppress(OSError), Image.open(path) as image:
+    with contextlib.suppress(OSError, ValueError), Image.open(path) as image:
         if image.format in ("PNG", "WEBP") and image.is_animated:
             return "animation"
         return "strip" if max(image.size) >= 4 * min(image.size) else "photo"
@@ -131,7 +141,7 @@ def read_strip(path):
     height, width = image.shape[:2]
     side = min(height, width)
     if max(height, width) % side:
-        raise Unusable(f"{width}×{height} is not a strip of square frames")
+        raise Unusable(f"an image of {width}×{height}, no strip of square frames")
     yield from np.split(image, max(height, width) // side, axis=1 if width > height else 0)
 
 
@@ -149,7 +159,7 @@ def ffmpeg():
     try:
         return imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError:
-        raise UserError("there is no ffmpeg here: pip install imageio-ffmpeg") from None
+        raise UserError("there is no ffmpeg here; install it, or imageio-ffmpeg anew") from None
 
 
 def save_video(path, frames, fps=25):

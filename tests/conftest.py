@@ -30,13 +30,16 @@ def pytest_report_header():
     return f"clips: {kind}; devices: {', '.join(DEVICES)}"
 
 
-def encode(path, source, *options):
-    """Make a video with FFmpeg. source: a lavfi graph, or the path of another video."""
+def encode(path, source, *options, before=()):
+    """Make a video with FFmpeg. source: a lavfi graph, or the path of another video.
+
+    options: of the output; before: of the input.
+    """
     path.parent.mkdir(exist_ok=True)
-    inputs = ["-i", source] if os.path.exists(source) else ["-f", "lavfi", "-i", source]
-    at = options.index("-before") if "-before" in options else len(options)  # options of the input
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *options[at + 1 :], *inputs]
-    subprocess.run([*command, *options[:at], path], check=True, stderr=subprocess.DEVNULL)
+    inputs = [*before, "-i", source] if os.path.exists(source) else ["-f", "lavfi", "-i", source]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *inputs, *options, path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return path
 
 

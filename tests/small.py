@@ -61,7 +61,7 @@ def make_small(set_attribute=setattr):
 def train(argv=None):
     """main.main, small, on one thread, and without plots, which would take most of the time."""
     torch.set_num_threads(1)
-    logger.Logger.picture = lambda *_: b""
+    logger.Logger.render = lambda *_: b""
     make_small()
     main.main(argv)
 

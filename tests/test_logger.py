@@ -67,7 +67,7 @@ def test_logger_writes_metrics_by_name(tmp_path, five):
 def test_logger_resumes_from_the_history_of_a_checkpoint(tmp_path, five):
     """Without what was logged after it, here and in TensorBoard; and with a metric that is new."""
     (events,) = tmp_path.glob("events.out.tfevents.*")
-    events.rename(tmp_path / "events.out.tfevents.1.a.1.0")  # TensorBoard reads by the second
+    events.rename(tmp_path / "events.out.tfevents.1.a.1.0")  # two of the same second have no order
     with Logger(tmp_path, {name: column[:3] for name, column in five.items()}) as log:
         log.add({**metrics(4), "new": torch.tensor(8.0)})
         log.flush(4)
@@ -102,7 +102,7 @@ def test_logger_plots_the_losses_and_their_running_means(tmp_path, monkeypatch, 
         log.add_image("samples", np.zeros((8, 8, 3), np.uint8), 100)
         log.plot()
         axes = figures[-1].axes
-        assert b"<svg" in log.picture("svg", "image")
+        assert b"<svg" in log.render("svg", "image")
     assert (np.array(Image.open(tmp_path / "losses.png")) != empty).mean() > 0.01
     assert sorted(path.name for path in tmp_path.iterdir()) == ["losses.csv", "losses.png"]
     for i, name in enumerate(NAMES[:4]):  # images on the left, videos on the right

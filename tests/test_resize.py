@@ -1,5 +1,6 @@
 import errno
 import http.server
+import itertools
 import os
 import re
 import socket
@@ -100,14 +101,16 @@ def test_only_what_is_new_or_changed_is_made(tmp_path, capsys):
     frames_a, frames_b = write_strip(a, 40), write_strip(b, 34)
 
     def written(*args, changed=None):
-        """Make all files old, the arrays less so, and run it: the names of the arrays written."""
-        for path in (*raw.rglob("*.png"), *out.rglob("*")):
-            os.utime(path, (2, 2) if path.suffix == ".npy" else (1, 1))
-        if changed:
-            os.utime(changed)
+        """Make the arrays newer than all else, and run it: the names of the arrays written."""
+        paths = sorted(out.rglob("*.npy"))
+        for path in (*paths, *([changed] if changed else [])):
+            time.sleep(0.02)  # a file system's clock ticks every few milliseconds
+            os.utime(path)
+        before = {path: path.stat().st_mtime_ns for path in paths}
         resized(capsys, "--raw", raw, "--out", out, "--size", 32, *args)
         assert list(arrays(out)) == ["jack/a.npy", "jack/indoors/b.npy"]
-        return "".join(path.stem for path in sorted(out.rglob("*.npy")) if path.stat().st_mtime > 2)
+        after = {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*.npy"))}
+        return "".join(path.stem for path in after if after[path] != before.get(path))
 
     def holds(array_a, array_b):
         return all(map(np.array_equal, arrays(out).values(), (array_a, array_b)))
@@ -144,14 +147,14 @@ def test_bad_files_are_named_and_counted(tmp_path):
     reasons = dict(line.removeprefix(f"skipped {tmp_path}/").split(": ", 1) for line in skipped)
     assert reasons == {
         "short.png": "15 frames, shorter than 16",
-        "good.png": f"good.npy is made of {tmp_path / 'good.jpg'}",
+        "good.png": f"good.npy is made from {tmp_path / 'good.jpg'}: rename one",
         "text.mp4": "not a video that can be read",
         "words.jpg": "words.jpg is not an image that can be read",
         "gone.mp4": "No such file or directory",
         "?.mp4": "not a video that can be read",
         "readme.txt": "not a video",
         "notes.md": "not a video that can be read",
-        "photo.png": "180×144 is not a strip of square frames",
+        "photo.png": "an image of 180×144, no strip of square frames",
     }
     assert list(arrays(out)) == ["good.npy"] and not list(out.rglob("*.part"))
     assert "WARN" not in done.stderr and "mp4" not in done.stderr  # FFmpeg and OpenCV are silent
@@ -170,18 +173,24 @@ def test_folders_of_frames_are_clips(tmp_path, capsys):
     raw, out = tmp_path / "raw", tmp_path / "out"
     args = "--raw", raw, "--out", out, "--size", 32
     clips = {f"jack/v1.{n}.npy": write_frames(raw / "jack" / f"v1.{n}", 16 + n) for n in (1, 2)}
-    (raw / "jack" / "v1.1" / "about.json").write_text("{}")
+    for name in ("v1.1/about.json", "v1.1.json", "v1.2.json"):
+        (raw / "jack" / name).write_text("{}")
     (raw / "jack" / "few").mkdir()
     Image.new("RGB", (40, 32)).save(raw / "jack" / "few" / "0.png")
     write_strip(raw / "strips" / "0.png", 16)  # a folder of strips is not one clip
     write_strip(raw / "strips" / "1.png", 17)
+    (raw / "strips" / "1.csv").write_text("1,2")
     for name in ("0.webp", "1.webp"):  # nor is one of animations
         encode(raw / "moving" / name, "testsrc2=s=128x96:d=1", "-c:v", "libwebp_anim")
     lines = resized(capsys, *args)
+    jack = raw / "jack" / "v1"
     assert sorted(lines) == [
-        f"6 clips, 118 frames, 3 actions → {out} (2 skipped)",
-        f"skipped {raw / 'jack/few/0.png'}: 40×32 is not a strip of square frames",
+        f"6 clips, 118 frames, 3 actions → {out} (5 skipped)",
+        f"skipped {raw / 'jack/few/0.png'}: an image of 40×32, no strip of square frames",
+        f"skipped {jack}.1.json: jack/v1.1.npy is made from {jack}.1: rename one",
         f"skipped {raw / 'jack/v1.1/about.json'}: not a video that can be read",
+        f"skipped {jack}.2.json: jack/v1.2.npy is made from {jack}.2: rename one",
+        f"skipped {raw / 'strips/1.csv'}: not a video",
     ]
     made = arrays(out)
     both = [f"{folder}/{k}.npy" for folder in ("moving", "strips") for k in (0, 1)]
@@ -195,59 +204,80 @@ def test_folders_of_frames_are_clips(tmp_path, capsys):
     assert np.array_equal(arrays(out)["v1.1.npy"], clips["jack/v1.1.npy"])
 
 
-def test_zips_are_extracted(tmp_path, capsys):
-    """What lies in folders comes beside the zip, all else into a folder of its name."""
+def test_zips_are_extracted_once(tmp_path, capsys):
     raw, out = tmp_path / "raw", tmp_path / "out"
     frames = write_frames(tmp_path / "f", 16)
     encode(tmp_path / "a.mp4", "testsrc2=s=64x64:d=1")
+    encode(tmp_path / "a.y4m", "testsrc2=s=64x64:d=1")
+    clip = {f"{k}.png": f"f/{k}.png" for k in range(16)}
+    raw.mkdir()
     for name, members in {
-        "walk.ZIP": {"anna.mp4": "a.mp4", "__MACOSX/._anna.mp4": "f/0.png"},
-        "more.zip": {"run/a.mp4": "a.mp4", **{f"run/f/{k}.png": f"f/{k}.png" for k in range(16)}},
-        "clip.zip": {f"{k}.png": f"f/{k}.png" for k in range(16)},
+        "walk.ZIP": {"anna.mp4": "a.mp4", "__MACOSX/._anna.mp4": "f/0.png", "../up.y4m": "a.y4m"},
+        "run.zip": {"a.y4m": "a.y4m", **{f"f/{name}": path for name, path in clip.items()}},
+        "clip.zip": clip,
+        "jump.zip": {"more.zip": "raw/clip.zip"},
+        "mine.zip": {"a.mp4": "a.mp4"},
+        "bad.zip": {"a.mp4": "a.mp4", **clip},
     }.items():
-        raw.mkdir(exist_ok=True)
-        with zipfile.ZipFile(raw / name, "w") as archive:
-            for member, source in members.items():
+        with zipfile.ZipFile(raw / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            for member, source in members.items() if name != "jump.zip" else ():
                 archive.write(tmp_path / source, member)
-    (raw / "bad.zip").write_text("hello")
+    with zipfile.ZipFile(raw / "jump.zip", "w") as archive:
+        archive.write(raw / "clip.zip", "more.zip")
+    content = bytearray((raw / "bad.zip").read_bytes())
+    content[2000:2500] = bytes(500)
+    (raw / "bad.zip").write_bytes(content)
+    (raw / "text.zip").write_text("hello")
+    (raw / "mine").mkdir()  # not from that zip
+    (raw / ".clip.zip.part").mkdir()  # of a run that was killed
     args = "--raw", raw, "--out", out, "--size", 32
-    lines = resized(capsys, *args)
-    assert lines == [
-        f"skipped {raw / 'bad.zip'}: File is not a zip file",
-        f"4 clips, 82 frames, 2 actions → {out} (1 skipped)",
+    first = resized(capsys, *args)
+    lines = [line for line in first if not line.startswith("extracting ")]
+    assert len(first) - len(lines) == 7
+    assert lines[-1] == f"6 clips, 123 frames, 3 actions → {out} (3 skipped)"
+    assert lines[1:3] == [
+        f"skipped {raw / 'mine.zip'}: {raw / 'mine'} exists and is taken instead",
+        f"skipped {raw / 'text.zip'}: File is not a zip file",
     ]
+    assert lines[0].startswith(f"skipped {raw / 'bad.zip'}: ")
     made = arrays(out)
-    assert list(made) == ["clip.npy", "run/a.npy", "run/f.npy", "walk/anna.npy"]
-    assert np.array_equal(made["clip.npy"], frames) and np.array_equal(made["run/f.npy"], frames)
-    assert np.array_equal(made["run/a.npy"], made["walk/anna.npy"])
+    names = ["clip", "jump/more", "run/a", "run/f", "walk/anna", "walk/up"]
+    assert list(made) == [f"{name}.npy" for name in names]
+    for name in ("clip", "jump/more", "run/f"):
+        assert np.array_equal(made[f"{name}.npy"], frames)
+    assert psnr(made["run/a.npy"], made["walk/anna.npy"]) > 25
+    assert not list(raw.glob(".*"))
+    (raw / "walk" / "anna.mp4").unlink()  # a bad clip does not come back
     times = [path.stat().st_mtime_ns for path in out.rglob("*.npy")]
-    assert resized(capsys, *args) == lines
+    again = resized(capsys, *args)
+    assert again[-2] == f"5 clips, 98 frames, 3 actions → {out} (3 skipped)"
     assert times == [path.stat().st_mtime_ns for path in out.rglob("*.npy")]
-    Image.new("RGB", (40, 32)).save(raw / "clip" / "0.png")  # a frame of one's own
-    assert f"skipped {raw / 'clip.zip/0.png'}: {raw / 'clip/0.png'} is another file" in resized(
-        capsys, *args
-    )
-    frames[0] = 0
-    assert np.array_equal(arrays(out)["clip.npy"], frames)
+
+
+def test_an_array_of_other_settings_goes_if_its_clip_is_too_short_now(tmp_path, capsys):
+    write_strip(tmp_path / "walk" / "a.png", 40)
+    write_strip(tmp_path / "walk" / "b.png", 20)
+    args = "--raw", tmp_path, "--out", tmp_path / "out", "--size", 32
+    resized(capsys, *args)
+    assert len(resized(capsys, *args, "--every", 2)) == 2
+    assert list(arrays(tmp_path / "out")) == ["walk/a.npy"]
 
 
 def test_a_photo_never_costs_a_video(tmp_path, capsys):
-    """Live Photos and thumbnails: a video's name in another kind of file, before it or after it."""
+    """Live Photos and thumbnails: another kind of file has a video's name."""
     raw, out = tmp_path / "raw", tmp_path / "out"
     raw.mkdir()
-    for k in range(17):
-        for name in ("A.JPG", "b.webp", "z.png"):
-            Image.new("RGB", (64, 48)).save(raw / f"{k}{name}")
-        encode(raw / f"{k}A.MOV", "testsrc2=s=64x48:d=1") if k == 0 else None
-    for name in ("b.mp4", "z.avi"):
-        encode(raw / f"0{name}", "testsrc2=s=64x48:d=1")
+    for k, name in itertools.product(range(17), ("A.JPG", "b.webp", "z.png")):  # enough for a clip
+        Image.new("RGB", (64, 48)).save(raw / f"{k}{name}")
+    for name in ("A.MOV", "b.mp4", "z.dat"):
+        encode(raw / f"0{name}", "testsrc2=s=64x48:d=1", "-f", "mp4")
     encode(raw / "0A.aac", "sine=d=1")
     lines = resized(capsys, "--raw", raw, "--out", out, "--size", 32)
     assert lines[-1] == f"3 clips, 75 frames, 0 actions → {out} (52 skipped)"
     assert list(arrays(out)) == ["0A.npy", "0b.npy", "0z.npy"]
-    assert f"skipped {raw / '0A.JPG'}: 0A.npy is made of {raw / '0A.MOV'}" in lines
-    assert f"skipped {raw / '0A.aac'}: 0A.npy is made of {raw / '0A.MOV'}" in lines
-    assert f"skipped {raw / '9z.png'}: 64×48 is not a strip of square frames" in lines
+    assert f"skipped {raw / '0A.aac'}: 0A.npy is made from {raw / '0A.MOV'}: rename one" in lines
+    assert f"skipped {raw / '0A.JPG'}: 0A.npy is made from {raw / '0A.MOV'}: rename one" in lines
+    assert f"skipped {raw / '9z.png'}: an image of 64×48, no strip of square frames" in lines
 
 
 def test_rates_that_differ_are_told_and_fps_makes_them_one(tmp_path, capsys):
@@ -260,7 +290,8 @@ def test_rates_that_differ_are_told_and_fps_makes_them_one(tmp_path, capsys):
     encode(raw / "walk" / "c.mp4", "testsrc2=s=64x64:r=60:d=2")
     note = "note: from 24 frames a second (walk/b.npy) to 60 (walk/c.npy); --fps 25 would give all "
     for _ in range(2):  # also of clips that were made before
-        assert resized(capsys, *args)[1] == f"{note}motion one speed"
+        told = f"3 clips, 218 frames, 1 actions → {out} (0 skipped)", f"{note}motion one speed"
+        assert resized(capsys, *args) == [*told]
     (line,) = resized(capsys, *args, "--fps", 25)
     assert line == f"3 clips, 150 frames, 1 actions → {out} (0 skipped)"
     vary = ["-vf", "setpts='(N+30*gt(N,20)+0.1)/25/TB'", "-fps_mode", "vfr"]
@@ -287,7 +318,7 @@ def test_the_bar_moves_within_a_clip(tmp_path, capsys, monkeypatch):
     (["--size", "90"], "invalid choice: 90 (choose from 32, 48, "),
     (["--fps", "0"], "0 is not from 0.1 to 1000"),
     (["--download", "--synthetic"], "not allowed with"),
-    (["--raw", "nowhere"], "no clips from 0 files; put videos into a folder for each action"),
+    (["--raw", "nowhere"], "no clips from 0 files in nowhere; put videos there, in a folder"),
 ])  # fmt: skip
 def test_bad_flags_are_refused_in_one_line(tmp_path, capsys, args, message):
     assert message in error_line(capsys, "--out", tmp_path, *args)
@@ -409,12 +440,11 @@ def test_download_fetches_each_zip_once(server, tmp_path, capsys):
     args = "--download", "--url", f"{server.url}/", "--raw", raw, "--out", out
     lines = resized(capsys, *args)
     assert lines[-1] == f"10 clips, 200 frames, 10 actions → {out} (10 skipped)"
-    assert lines[0] == f"downloading {server.url}/bend.zip" and len(lines) == 21
-    assert lines[10] == f"skipped {raw / 'bend/evil.txt'}: not a video"  # it got no further
+    assert lines[0] == f"downloading {server.url}/bend.zip" and len(lines) == 31
+    assert lines[20] == f"skipped {raw / 'bend/evil.txt'}: not a video"  # it got no further
     assert socket.getdefaulttimeout() == 30  # a server that never answers ends the run
     assert not (raw / "evil.txt").exists() and not (tmp_path / "evil.txt").exists()
-    (raw / "run" / "anna_run.png").unlink()
-    assert resized(capsys, *args) == lines[10:]
+    assert resized(capsys, *args) == lines[20:]
     assert server.requests == [f"/{action}.zip" for action in synthetic.MOVEMENTS]
     strips = [path.read_bytes() for path in raw.glob("*/anna_*.png")]
     assert strips == [(tmp_path / "strip.png").read_bytes()] * 10
