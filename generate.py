@@ -202,9 +202,7 @@ def requested_videos(args, generator):
     if args.interpolate:
         name = f"interpolate-{args.interpolate}"
         yield name, interpolation(generator, args.interpolate, *options)
-    if args.grid or args.interpolate:
-        return
-    for i in range(args.num):
+    for i in range(0 if args.grid or args.interpolate else args.num):
         frames = video(generator, args.frames, args.seed, i)
         yield f"video-{i:04}", (enlarge(f, args.scale, args.resample) for f in frames)
 

@@ -8,8 +8,10 @@ Each clip becomes resized_data/<action>/<clip>.npy: uint8, (n_frames, 96, 96, 3)
 again only does what is new or has changed.
 """
 
+import contextlib
 import itertools
 import json
+import os
 import shutil
 import socket
 import sys
@@ -52,34 +54,24 @@ def resize_frame(frame, size=96):
     return frame[top : top + size, left : left + size]
 
 
-def resize_clip(frames, size=96, every=1):
-    """Yield every `every`-th of `frames`, resized. Raises Unusable if that gives fewer than 16."""
-    length = 0
-    for frame in itertools.islice(frames, 0, None, every):
-        yield resize_frame(frame, size)
-        length += 1
-    if length < MIN_FRAMES:
-        raise Unusable(f"{length} frames, shorter than {MIN_FRAMES}")
-
-
 def unzip(folder):
     """Extract each zip below `folder` once, into a folder of its name beside it.
 
     Returns those that are left out: pairs of path and reason. Raises OSError on a full disk.
     """
     skipped = []
-    paths = utils.files_below(folder) if folder.is_dir() else []
-    for path in (path for path in paths if path.suffix.lower() == ".zip"):
+    for path in utils.files_below(folder) if folder.is_dir() else []:
         target, part = path.with_suffix(""), path.with_name(f".{path.name}.part")
-        if (target / ".extracted").exists():
+        if path.suffix.lower() != ".zip" or (target / ".extracted").exists():
             continue
         try:
             if target.exists():
                 raise FileExistsError(f"{target} exists and is taken instead")
             print(f"extracting {path}", flush=True)
-            zipfile.ZipFile(path).extractall(part)
-            (part / ".extracted").touch()
-            part.rename(target)
+            with utils.lock_folders(path.parent):
+                zipfile.ZipFile(path).extractall(part)
+                (part / ".extracted").touch()
+                part.rename(target)
             skipped += unzip(target)
         except Exception as error:  # zipfile raises a dozen kinds
             if getattr(error, "errno", None) in utils.DISK_FULL:
@@ -93,18 +85,17 @@ def unzip(folder):
 def find_sources(raw, out, fps=None):
     """Find the clips below `raw`, and those in `out` itself: videos, strips, folders of frames.
 
-    Zips in `raw` are extracted first. Returns a dict {path of an array, below `out`: the
-    FrameReader of its source}, and a list of the files left out: pairs of path and reason.
+    Returns a dict {path of an array, below `out`: the FrameReader of its source}, and a list of the
+    files left out: pairs of path and reason.
     """
-    sources, skipped = {}, unzip(raw)
+    sources, skipped = {}, []
     roots = {raw.resolve(): raw, out.resolve(): out}  # one, if they are the same folder
     for resolved, root in roots.items():
         nested = [other for other in roots if resolved in other.parents]
-        ignored = {".zip"} if resolved == raw.resolve() else set()
-        ignored |= {".npy", ".json"} if resolved == out.resolve() else set()
+        ours = {".npy", ".json", ".jsonl"} if resolved == out.resolve() else set()
         folders = defaultdict(list)
         for path in utils.files_below(root) if root.is_dir() else []:
-            if path.suffix.lower() not in ignored:
+            if path.suffix.lower() not in ours | {".zip"}:
                 folders[path.parent].append(path)
         for folder, paths in folders.items():
             if any(folder.resolve().is_relative_to(other) for other in nested):
@@ -148,33 +139,35 @@ def convert(sources, out, size=96, every=1, fps=None):
     content, settings = json.dumps(content).encode(), out / "settings.json"
     if not settings.exists() or settings.read_bytes() != content:
         settings.write_bytes(content)  # all arrays are older now, and are made again
-    rates_file = out / "rates.json"
-    rates = json.loads(rates_file.read_bytes()) if rates_file.exists() else {}
-    lengths, skipped = {}, []
+    lengths, skipped, rates = {}, [], {}
     style = "{l_bar}{bar}| {n:.1f}/{total} clips [{elapsed}<{remaining}]"
     bar = utils.progress_bar(total=len(sources), desc="resizing", miniters=0, bar_format=style)
 
-    def move_bar(reader):
-        for frame in reader:
+    def resized_clip(reader):
+        length = 0
+        for frame in itertools.islice(reader, 0, None, every):
             bar.update(k + reader.done - bar.n)
-            yield frame
+            yield resize_frame(frame, size)
+            length += 1
+        if length < MIN_FRAMES:
+            raise Unusable(f"{length} frames, shorter than {MIN_FRAMES}")
 
-    try:
+    with bar, open(out / "rates.jsonl", "a") as rates_file:
         for k, (array, reader) in enumerate(sources.items()):
             try:
                 if not is_up_to_date(out / array, size, reader.path, settings):
                     (out / array).parent.mkdir(parents=True, exist_ok=True)
-                    save_npy(out / array, resize_clip(move_bar(reader), size, every))
-                    rates[str(array)] = reader.rates()
+                    save_npy(out / array, resized_clip(reader))
+                    rate = json.dumps([str(array), reader.rates()])
+                    print(f"\n{rate}", file=rates_file, flush=True)
                 lengths[array] = len(np.load(out / array, mmap_mode="r"))
             except (Unusable, cv2.error) as error:
                 (out / array).unlink(missing_ok=True)  # of other settings, or of another file
                 skipped.append((array if is_synthetic else reader.path, str(error).strip()))
             bar.update(k + 1 - bar.n)
-    finally:
-        bar.close()
-        with utils.atomic_write(rates_file) as file:
-            file.write(json.dumps(rates).encode())
+    for line in (out / "rates.jsonl").read_text().splitlines():  # of earlier runs, too
+        with contextlib.suppress(TypeError, ValueError):  # empty, or cut off by a kill
+            array, rates[array] = json.loads(line)
     rates = {array: rates[str(array)] for array in lengths if rates.get(str(array))}
     return lengths, rates, skipped
 
@@ -185,15 +178,11 @@ def is_up_to_date(path, size, source, settings):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         intact = array.dtype == np.uint8 and array.shape[1:] == (size, size, 3)
         files = settings, source, *(source.iterdir() if source.is_dir() else ())
-        newest = max(map(changed, files))
-        return intact and len(array) >= MIN_FRAMES and changed(path) > newest
+        # The later of two times: a file that is moved here may keep the time of its content.
+        made, *times = (max(s.st_mtime_ns, s.st_ctime_ns) for s in map(os.stat, (path, *files)))
+        return intact and len(array) >= MIN_FRAMES and made > max(times)
     except Exception:  # NumPy raises a dozen kinds for a damaged file
         return False
-
-
-def changed(path):
-    """When a file came to be what it is, in ns: one that is moved here may keep its old mtime."""
-    return max(path.stat().st_mtime_ns, path.stat().st_ctime_ns)
 
 
 def arrays_in(out):
@@ -246,6 +235,7 @@ def make_arrays(args):
     if args.download:
         with utils.lock_folders(args.raw):
             download(args.raw, args.url)
+    not_extracted = [] if args.synthetic else unzip(args.raw)
     with utils.lock_folders(args.out):
         if args.synthetic:
             sources, skipped = synthetic_sources(), []
@@ -255,7 +245,7 @@ def make_arrays(args):
         else:
             sources, skipped = find_sources(args.raw, args.out, args.fps)
         lengths, rates, failed = convert(sources, args.out, args.size, args.every, args.fps)
-        skipped += failed
+        skipped += not_extracted + failed
         for path, reason in skipped:
             print(f"skipped {path}: {reason}")
         if not lengths:
@@ -269,10 +259,8 @@ def make_arrays(args):
         if leftover:
             print(f"removed {len(leftover)} synthetic clips from {args.out}")
     actions = {array.parts[0] for array in lengths if len(array.parts) > 1}
-    print(
-        f"{len(lengths)} clips, {sum(lengths.values())} frames, {len(actions)} actions → "
-        f"{args.out} ({len(skipped)} skipped)"
-    )
+    total = f"{len(lengths)} clips, {sum(lengths.values())} frames, {len(actions)} actions"
+    print(f"{total} → {args.out} ({len(skipped)} skipped)")
     if others := [array for array in arrays_in(args.out) if array not in lengths]:
         print(f"note: main.py trains on {len(others)} older arrays, too: {args.out / others[0]} …")
     low, slowest = min(((low, array) for array, (low, _) in rates.items()), default=(1, ""))

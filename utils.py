@@ -156,11 +156,10 @@ def pick_device(name):
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        device = torch.zeros(1, device=name).device
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"--device {name}: {reason}; try auto, cpu, cuda, cuda:1, mps") from None
-    return device
 
 
 def pick_precision(name, device):
@@ -210,7 +209,9 @@ def files_below(folder):
 
     paths = []
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        here = Path(parent).resolve()
+        loops = [name for name in folders if here.is_relative_to(Path(parent, name).resolve())]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in loops]
         paths += [Path(parent, name) for name in names if not name.startswith(".")]
     return sorted(paths)
 

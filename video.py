@@ -27,8 +27,9 @@ FORMATS = ("gif", "mp4", "png", "npy")
 GIF_FPS = 50  # browsers slow down what is faster
 PALETTE_BYTES = 2**23  # of the first frames, from which a GIF's colours are chosen
 RESAMPLE = {"nearest": cv2.INTER_NEAREST, "lanczos": cv2.INTER_LANCZOS4}
-# Downloads that are not complete, and what FFmpeg would show as text.
-NO_VIDEOS = {".part", ".txt", ".nfo", ".diz", ".asc", ".ans", ".art", ".ice", ".vt", ".idf", ".bin"}
+# What FFmpeg would show as text, or wait for, and what need not be tried.
+NO_VIDEOS = {".txt", ".nfo", ".diz", ".asc", ".ans", ".art", ".ice", ".vt", ".idf", ".bin"}
+NO_VIDEOS |= {".m3u8", ".m3u", ".mpd", ".ffconcat", ".part", ".json", ".csv", ".xml"}
 MAX_PIXELS = 16384  # the largest width and height of H.264
 
 
@@ -103,6 +104,8 @@ class FrameReader:
                         break  # it crashed on a damaged file
                     frame = np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
                     yield frame
+                if process.wait() == -9:
+                    raise Unusable("FFmpeg was killed: is there enough memory?")
             finally:
                 process.kill()
                 listener.join()
@@ -113,10 +116,10 @@ class FrameReader:
         """Take from what FFmpeg says how long the video is, and the time of each frame."""
         duration = float("inf")
         for line in stderr:
-            if match := re.search(rb"showinfo.* pts_time:([-.\d]+)", line):
+            if match := re.match(rb"\[Parsed_showinfo.* pts_time:(-?\d+\.?\d*)", line):
                 self.times.append(float(match[1]))
                 self.done = min(1, self.times[-1] / duration)
-            elif match := re.search(rb"Duration: (\d+):(\d+):([.\d]+)", line):
+            elif match := re.match(rb" +Duration: (\d+):(\d+):(\d+\.\d+)", line):
                 hours, minutes, seconds = map(float, match.groups())
                 duration = 3600 * hours + 60 * minutes + seconds or duration
 
@@ -129,7 +132,7 @@ class FrameReader:
 
 def image_kind(path):
     """What an image is: a "strip" of frames, an "animation" or a "photo"; None if unreadable."""
-    with contextlib.suppress(OSError, ValueError), Image.open(path) as image:
+    with contextlib.suppress(Exception), Image.open(path) as image:  # a dozen kinds
         if image.format in ("PNG", "WEBP") and image.is_animated:
             return "animation"
         return "strip" if max(image.size) >= 4 * min(image.size) else "photo"
@@ -266,8 +269,7 @@ def enlarge(frame, scale, resample="nearest"):
 
     resample: "nearest" or "lanczos".
     """
-    size = frame.shape[1] * scale, frame.shape[0] * scale
-    return cv2.resize(frame, size, interpolation=RESAMPLE[resample])
+    return cv2.resize(frame, None, fx=scale, fy=scale, interpolation=RESAMPLE[resample])
 
 
 class LabelledGrid:

@@ -129,6 +129,8 @@ def test_files_below_follows_links_and_leaves_out_hidden_names(tmp_path):
         (tmp_path / "data" / name).touch()
     (tmp_path / "data/elsewhere").rename(tmp_path / "elsewhere")
     (tmp_path / "data/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/up").symlink_to("..")  # which would never end
+    (tmp_path / "data/a/up").symlink_to("..")
     paths = [path.relative_to(tmp_path / "data") for path in utils.files_below(tmp_path / "data")]
     assert [path.as_posix() for path in paths] == ["a/c", "b", "link/e"]
     with pytest.raises(OSError):

@@ -283,7 +283,8 @@ def test_frame_reader_takes_every_frame_of_a_varying_rate(tmp_path):
 
 @pytest.mark.parametrize("fps, length", [(12.5, 25), (10, 20), (50, 100)])
 def test_frame_reader_resamples(tmp_path, fps, length):
-    reader = FrameReader(encode(tmp_path / "a.mp4", TEST_VIDEO), fps)
+    title = "title=showinfo pts_time:-.- Duration: 1:1:1.1.1"  # which FFmpeg prints, too
+    reader = FrameReader(encode(tmp_path / "a.mp4", TEST_VIDEO, "-metadata", title), fps)
     assert reader.has_frames()
     done = [reader.done for _ in reader]
     assert len(done) == length and done == sorted(done) and reader.done >= 0.9
@@ -307,11 +308,15 @@ def test_frame_reader_takes_what_can_be_decoded(tmp_path):
 def test_frame_reader_survives_a_crash_of_ffmpeg(tmp_path, monkeypatch):
     """What came before is taken, as of any damaged file."""
     image = b"P6\n2 1\n255\n" + bytes(range(6))
-    script = f"#!{sys.executable}\nimport os\nos.write(1, {image + image[:-1]!r})\nos.abort()\n"
-    (tmp_path / "ffmpeg").write_text(script)
-    (tmp_path / "ffmpeg").chmod(0o755)
-    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "ffmpeg"))
-    assert frames_of(tmp_path / "ffmpeg").tolist() == [[[[0, 1, 2], [3, 4, 5]]]]
+    program = tmp_path / "ffmpeg"
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    script = f"#!{sys.executable}\nimport os\nos.write(1, {image + image[:-1]!r})\n"
+    program.write_text(script + "os.abort()")
+    program.chmod(0o755)
+    assert frames_of(program).tolist() == [[[[0, 1, 2], [3, 4, 5]]]]
+    program.write_text(script + "os.kill(os.getpid(), 9)")  # as Linux does when memory is full
+    with pytest.raises(Unusable, match="FFmpeg was killed: is there enough memory"):
+        frames_of(program)
 
 
 def test_frame_reader_takes_the_default_track(tmp_path):
