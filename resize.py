@@ -152,14 +152,13 @@ def convert(sources, out, size=96, every=1, fps=None):
         if length < MIN_FRAMES:
             raise Unusable(f"{length} frames, shorter than {MIN_FRAMES}")
 
-    with bar, open(out / "rates.jsonl", "a") as rates_file:
+    with bar, open(out / "rates.jsonl", "a", buffering=1) as rates_file:
         for k, (array, reader) in enumerate(sources.items()):
             try:
                 if not is_up_to_date(out / array, size, reader.path, settings):
                     (out / array).parent.mkdir(parents=True, exist_ok=True)
                     save_npy(out / array, resized_clip(reader))
-                    rate = json.dumps([str(array), reader.rates()])
-                    print(f"\n{rate}", file=rates_file, flush=True)
+                    rates_file.write(f"\n{json.dumps([str(array), reader.rates()])}\n")
                 lengths[array] = len(np.load(out / array, mmap_mode="r"))
             except (Unusable, cv2.error) as error:
                 (out / array).unlink(missing_ok=True)  # of other settings, or of another file
