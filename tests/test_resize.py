@@ -326,6 +326,14 @@ def test_bad_flags_are_refused_in_one_line(tmp_path, capsys, args, message):
     assert message in error_line(capsys, "--out", tmp_path, *args)
 
 
+def test_without_ffmpeg_there_is_one_line(tmp_path, capsys, monkeypatch):
+    encode(tmp_path / "a.mp4", "testsrc2=s=64x64:d=1")
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE", raising=False)
+    monkeypatch.setattr("imageio_ffmpeg._utils._get_ffmpeg_exe", lambda: None)
+    line = error_line(capsys, "--raw", tmp_path, "--out", tmp_path / "out")
+    assert line.endswith("there is no ffmpeg here; install it, or imageio-ffmpeg anew")
+
+
 def test_a_full_disk_ends_the_run(tmp_path, capsys, monkeypatch):
     for name in ("a.png", "b.png"):
         write_strip(tmp_path / name, 20)
