@@ -243,6 +243,11 @@ def make_arrays(args):
                 raise UserError(f"{message}; name another folder with --out")
         else:
             sources, skipped = find_sources(args.raw, args.out, args.fps)
+        leftover = set(arrays_in(args.out)) & set(synthetic_sources()) - set(sources)
+        for array in leftover if sources else ():
+            (args.out / array).unlink()
+        if leftover and sources:
+            print(f"removed {len(leftover)} synthetic clips from {args.out}", flush=True)
         lengths, rates, failed = convert(sources, args.out, args.size, args.every, args.fps)
         skipped += not_extracted + failed
         for path, reason in skipped:
@@ -252,11 +257,6 @@ def make_arrays(args):
                 f"no clips from {len(skipped)} files in {args.raw}; put videos there, in a folder "
                 "for each action, fetch Weizmann's with --download, or render some with --synthetic"
             )
-        leftover = set(arrays_in(args.out)) & set(synthetic_sources()) - set(sources)
-        for array in leftover:
-            (args.out / array).unlink()
-        if leftover:
-            print(f"removed {len(leftover)} synthetic clips from {args.out}")
     actions = {array.parts[0] for array in lengths if len(array.parts) > 1}
     total = f"{len(lengths)} clips, {sum(lengths.values())} frames, {len(actions)} actions"
     print(f"{total} → {args.out} ({len(skipped)} skipped)")

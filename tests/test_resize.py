@@ -3,6 +3,7 @@ import http.server
 import itertools
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -404,16 +405,19 @@ def test_synthetic_and_real_clips_do_not_mix(tmp_path, capsys, monkeypatch):
     raw, out = tmp_path / "raw", tmp_path / "out"
     args = "--raw", raw, "--out", out, "--size", 32
     resized(capsys, "--synthetic", *args)
+    assert "no clips from 0 files" in error_line(capsys, *args)
+    assert len(arrays(out)) == 2  # nothing real comes in their place
     write_strip(raw / "bad.png", 15)
-    assert "no clips from 1 files" in error_line(capsys, *args)
-    assert len(arrays(out)) == 2  # nothing real has come in their place
     frames = write_strip(raw / "walk" / "anna_walk.png", 20)  # named like a synthetic one,
     os.utime(raw / "walk" / "anna_walk.png", (1, 1))  # and older
     write_strip(raw / "walk" / "mine.png", 20)
-    assert resized(capsys, *args)[1:] == [
-        f"removed 1 synthetic clips from {out}",
-        f"2 clips, 40 frames, 1 actions → {out} (1 skipped)",
-    ]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(resize, "is_up_to_date", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(SystemExit):
+            resized(capsys, *args)
+    assert capsys.readouterr().out.startswith(f"removed 1 synthetic clips from {out}\n")
+    assert list(arrays(out)) == ["walk/anna_walk.npy"]  # whose clip comes first, next time
+    assert resized(capsys, *args)[1:] == [f"2 clips, 40 frames, 1 actions → {out} (1 skipped)"]
     assert "holds other clips, such as walk/mine" in error_line(capsys, "--synthetic", *args)
     made = arrays(out)
     assert list(made) == ["walk/anna_walk.npy", "walk/mine.npy"]
