@@ -3,7 +3,6 @@ import http.server
 import itertools
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import threading
 import time
 import zipfile
 from functools import partial
+from unittest.mock import Mock
 
 import imageio.v3 as iio
 import numpy as np
@@ -412,7 +412,7 @@ def test_synthetic_and_real_clips_do_not_mix(tmp_path, capsys, monkeypatch):
     os.utime(raw / "walk" / "anna_walk.png", (1, 1))  # and older
     write_strip(raw / "walk" / "mine.png", 20)
     with monkeypatch.context() as stopped:
-        stopped.setattr(resize, "is_up_to_date", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        stopped.setattr(resize, "is_up_to_date", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(SystemExit):
             resized(capsys, *args)
     assert capsys.readouterr().out.startswith(f"removed 1 synthetic clips from {out}\n")
