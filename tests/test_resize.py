@@ -136,7 +136,7 @@ def test_only_what_is_new_or_changed_is_made(tmp_path, capsys):
 def test_bad_files_are_named_and_counted(tmp_path):
     for name, length in (("short.png", 15), ("good.jpg", 16), ("good.png", 17)):
         write_strip(tmp_path / name, length)
-    names = "text.mp4", "words.jpg", ".hidden.mp4", "readme.txt", "notes.md"
+    names = "text.mp4", "words.jpg", ".hidden.mp4", "readme.txt", "notes.md", "live.m3u8"
     for name in (*names, os.fsdecode(b"\xff.mp4")):
         (tmp_path / name).write_text("P6")  # on which Pillow fails, too
     (tmp_path / "gone.mp4").symlink_to("nowhere")
@@ -144,7 +144,7 @@ def test_bad_files_are_named_and_counted(tmp_path):
     out = tmp_path / "out"
     done = run("resize.py", "--raw", tmp_path, "--out", out, "--size", "32")
     *skipped, last = done.stdout.splitlines()
-    assert last == f"1 clips, 16 frames, 0 actions → {out} (9 skipped)"
+    assert last == f"1 clips, 16 frames, 0 actions → {out} (10 skipped)"
     reasons = dict(line.removeprefix(f"skipped {tmp_path}/").split(": ", 1) for line in skipped)
     assert reasons == {
         "short.png": "15 frames, shorter than 16",
@@ -155,6 +155,7 @@ def test_bad_files_are_named_and_counted(tmp_path):
         "?.mp4": "not a video that can be read",
         "readme.txt": "not a video",
         "notes.md": "not a video that can be read",
+        "live.m3u8": "not a video",
         "photo.png": "an image of 180×144, no strip of square frames",
     }
     assert list(arrays(out)) == ["good.npy"] and not list(out.rglob("*.part"))
@@ -273,9 +274,12 @@ def test_a_photo_never_costs_a_video(tmp_path, capsys):
     for name in ("A.MOV", "b.mp4", "z.dat"):
         encode(raw / f"0{name}", "testsrc2=s=64x48:d=1", "-f", "mp4")
     encode(raw / "0A.aac", "sine=d=1")
+    cover = ["-i", raw / "0z.png", "-map", "0", "-map", "1", "-c:v", "png"]
+    encode(raw / "0b.m4a", "sine=d=1", *cover, "-disposition:v", "attached_pic")
     lines = resized(capsys, "--raw", raw, "--out", out, "--size", 32)
-    assert lines[-1] == f"3 clips, 75 frames, 0 actions → {out} (52 skipped)"
+    assert lines[-1] == f"3 clips, 75 frames, 0 actions → {out} (53 skipped)"
     assert list(arrays(out)) == ["0A.npy", "0b.npy", "0z.npy"]
+    assert f"skipped {raw / '0b.m4a'}: not a video" in lines
     assert f"skipped {raw / '0A.aac'}: 0A.npy is made from {raw / '0A.MOV'}: rename one" in lines
     assert f"skipped {raw / '0A.JPG'}: 0A.npy is made from {raw / '0A.MOV'}: rename one" in lines
     assert f"skipped {raw / '9z.png'}: an image of 64×48, no strip of square frames" in lines
