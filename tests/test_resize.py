@@ -127,6 +127,12 @@ def test_only_what_is_new_or_changed_is_made(tmp_path, capsys):
     for damaged in (array.read_bytes()[:-1], b""):
         array.write_bytes(damaged)
         assert written() == "a" and holds(frames_a, frames_b)
+    moved = tmp_path / "moved.png"
+    frames_a = write_strip(moved, 30)
+    os.utime(moved, (1, 1))
+    moved.replace(a)  # newer than the array, whatever its own date
+    resized(capsys, "--raw", raw, "--out", out, "--size", 32)
+    assert holds(frames_a, frames_b)
     b.unlink()
     lines = resized(capsys, "--raw", raw, "--out", out, "--size", 32)
     b = out / "jack" / "indoors" / "b.npy"
@@ -285,7 +291,7 @@ def test_a_photo_never_costs_a_video(tmp_path, capsys):
     assert f"skipped {raw / '9z.png'}: an image of 64×48, no strip of square frames" in lines
 
 
-def test_rates_that_differ_are_told_and_fps_makes_them_one(tmp_path, capsys):
+def test_rates_that_differ_are_told_and_fps_makes_them_one(tmp_path, capsys, monkeypatch):
     raw, out = tmp_path / "raw", tmp_path / "out"
     (raw / "walk").mkdir(parents=True)
     args = "--raw", raw, "--out", out, "--size", 32
@@ -304,6 +310,8 @@ def test_rates_that_differ_are_told_and_fps_makes_them_one(tmp_path, capsys):
     vary = ["-vf", "setpts='(N+30*gt(N,20)+0.1)/25/TB'", "-fps_mode", "vfr"]
     encode(raw / "walk" / "c.mp4", "testsrc2=s=64x64:r=25:d=2", *vary)
     assert "(walk/c.npy) to 25 (walk/" in resized(capsys, *args)[1]
+    monkeypatch.setattr(resize.FrameReader, "rates", lambda _: (20, 25))  # FFmpeg lost a frame
+    assert len(resized(capsys, *args, "--fps", 24)) == 1  # the advice was taken
 
 
 def test_the_bar_moves_within_a_clip(tmp_path, capsys, monkeypatch):
