@@ -56,10 +56,10 @@ class FrameReader:
         try:
             if self.frames is not None:
                 yield from self.frames
-            elif self.path.suffix.lower() in NO_VIDEOS:
-                raise Unusable("not a video")
             elif self.path.is_dir():
                 yield from self._read_folder()
+            elif self.path.suffix.lower() in NO_VIDEOS:
+                raise Unusable("not a video")
             elif self.path.suffix.lower() in IMAGES and image_kind(self.path) != "animation":
                 yield from read_strip(self.path)
             else:
