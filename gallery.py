@@ -39,6 +39,7 @@ class Page:
             real=image_tag(self.folder / "real.gif", "16 real videos"),
             curves=svg_tag(log.render("svg", "image"), "image losses")
             + svg_tag(log.render("svg", "video"), "video losses"),
+            evaluations=table(log.evaluations),
             timeline="\n".join(
                 f'<li><a href="{path.name}" data-epoch="{e}" data-name="{e:,}">'
                 f"{image_tag(path, f'16 generated videos, epoch {e}', lazy=True)}{e:,}</a></li>"
@@ -69,3 +70,13 @@ def image_tag(path, text, lazy=False):
 def svg_tag(svg, text):
     """An img element that holds a picture, the bytes of an SVG."""
     return f'<img src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" alt="{text}">'
+
+
+def table(rows):
+    """A table of `rows`, dicts of numbers with the same names, newest first; nothing if empty."""
+    if not rows:
+        return ""
+    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in rows[0])
+    body = ("".join(f"<td>{value:.4g}</td>" for value in row.values()) for row in rows[::-1])
+    lines = "".join(f"<tr>{line}</tr>\n" for line in (head, *body))
+    return f"<h2>Evaluation</h2>\n<table>{lines}</table>"

@@ -28,17 +28,19 @@ BLOCK = 64  # frames whose noise is sampled at once, the same for every length
 BATCH = 64  # frames rendered at once: more need more memory and are no faster
 
 
-def load_generator(path, device="cpu"):
+def load_generator(path, device="cpu", raw=False):
     """The trained R_M and G_I: a VideoGenerator in evaluation mode.
 
-    path: generator.pt or a checkpoint of main.py. Raises UserError if it is missing, damaged or
-    something else, OSError if it cannot be read.
+    path: generator.pt or a checkpoint of main.py; raw: take the weights as trained, not their
+    average. Raises UserError if it is missing, damaged or something else, OSError if it cannot be
+    read.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; train with main.py, or name one with --checkpoint")
     try:
-        networks = checkpoint.load(path)["networks"]
+        content = checkpoint.load(path)
+        networks = (not raw and content.get("average")) or content["networks"]
         size = 16 * networks["G_I"]["main.0.weight"].shape[-1]  # G_I starts with S/16 × S/16 pixels
         generator = VideoGenerator(size)
         generator.motion_rnn.load_state_dict(networks["R_M"])
@@ -52,6 +54,12 @@ def load_generator(path, device="cpu"):
     if torch.device(device).type != "mps":  # four times as fast on a CPU
         generator.to(memory_format=torch.channels_last)
     return generator.to(device).eval()
+
+
+def find_checkpoint(path, names=("best.pt", "checkpoint.pt")):
+    """`path`; if it is a folder, the first of `names` there, else its generator.pt."""
+    files = [path / name for name in names if (path / name).is_file()]
+    return path if path.is_file() else [*files, path / "generator.pt"][0]
 
 
 def random_stream(*numbers):
@@ -168,16 +176,16 @@ def interpolation(
 
 def render_grid(generator, z_content, z_motion, labels, scale, resample):
     """Render R × C videos into a LabelledGrid; see `render_frames`. Yields its frames."""
-    size = 16 * generator.image_generator.main[0].kernel_size[0]
-    grid = LabelledGrid(*labels, size * scale)
+    grid = LabelledGrid(*labels, generator.size * scale)
     for cells in render_frames(generator, z_content, z_motion):
         yield grid.frame(enlarge(cell, scale, resample) for cell in cells)
 
 
 def parse_args(argv=None):
     parser = Parser(prog="generate.py", description="Generate videos with a trained model.")
-    add, default = parser.add_argument, "trained_models/checkpoint.pt"
-    add("--checkpoint", type=Path, default=default, help="checkpoint.pt or generator.pt")
+    add, where = parser.add_argument, "a file of main.py, or a folder with best.pt or checkpoint.pt"
+    add("--checkpoint", type=Path, default="trained_models", help=where)
+    add("--raw", action="store_true", help="the weights as trained, not their average")
     add("--num", type=number(int, 1, 10**9), default=16, help="how many videos")
     add("--frames", type=number(int, 1, 10**9), default=16, help="length of each, in frames")
     add("--fps", type=number(float, 0.1, 240), default=25, help="frames per second")
@@ -211,7 +219,8 @@ def run(args):
     """Generate the videos that `args` ask for and write them to --out."""
     device = utils.pick_device(args.device)
     utils.set_up_device(device, deterministic=device.type == "cuda")  # same seed, same bytes
-    generator = load_generator(args.checkpoint, device)
+    path = find_checkpoint(args.checkpoint)
+    generator = load_generator(path, device, args.raw)
     grids = bool(args.grid) + bool(args.interpolate)
     total = (grids or args.num) * args.frames
     paths = []

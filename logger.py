@@ -14,11 +14,13 @@ from utils import atomic_write
 class Logger:
     """Logs the metrics of every epoch into `folder`.
 
-    history: of an earlier part of the run, from `history`. `rows`: a dict of metrics for each epoch
-    so far. `board_error`: why nothing goes to TensorBoard, or None. The methods raise OSError.
+    history, evaluations: of an earlier part of the run. `rows`: a dict of metrics for each epoch so
+    far; `evaluations`: a dict for each that was measured; `board_error`: why nothing goes to
+    TensorBoard, or None. The methods raise OSError.
     """
 
-    def __init__(self, folder, history=None):
+    def __init__(self, folder, history=None, evaluations=None):
+        self.evaluations = list(evaluations or [])
         columns = {name: column.tolist() for name, column in (history or {}).items()}
         self.rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
         self.pending = []  # metrics of epochs that still lie on the device
@@ -69,6 +71,15 @@ class Logger:
         for row in rows:
             self.csv.write(",".join(f"{row.get(name, np.nan):.6g}" for name in self.names) + "\n")
         self.csv.flush()
+
+    def add_evaluation(self, row):
+        """Add what was measured of an epoch, a dict of floats: to evaluations.csv, TensorBoard."""
+        self.evaluations.append(row)
+        lines = [",".join(row), *(",".join(map(str, r.values())) for r in self.evaluations)]
+        with atomic_write(self.folder / "evaluations.csv") as file:
+            file.write("\n".join([*lines, ""]).encode())
+        for name in set(row) - {"epoch"} if self.board else ():
+            self.board.add_scalar(f"evaluation/{name}", row[name], row["epoch"])
 
     def add_image(self, name, image, epoch):
         """Show an image, (H, W, 3) uint8, in TensorBoard."""

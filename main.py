@@ -22,6 +22,8 @@ if __name__ == "__main__":  # a notebook may hold other modules of these names, 
 import utils
 from checkpoint import Checkpoints
 from data import ClipDataset
+from evaluate import Evaluator
+from features import Features
 from gallery import Page
 from logger import Logger
 from trainer import Trainer, train
@@ -29,6 +31,7 @@ from utils import Parser, UserError, number
 from video import save_gif, video_grid
 
 UNRECORDED = ("pre_train", "data", "models", "videos", "seed")  # not settings of the training
+EVALUATED = 256  # videos measured by --evaluate-every
 
 
 def parse_args(argv=None):
@@ -39,6 +42,9 @@ def parse_args(argv=None):
     add("--pre-train", type=number(int, -1, 1), default=-1, help=pretrained)
     add("--frames", type=number(int, 16), default=16, help="T, the frames of a window")
     add("--lr", type=number(float, 1e-12, 1), default=2e-4, help="learning rate of Adam")
+    add("--ema", type=number(float, 0, 0.999999), default=0.999, help="decay of the average, or 0")
+    add("--noise-sigma", type=number(float, 0, 10), default=0.0, help="noise on what D_I, D_V see")
+    add("--augment", action="store_true", help="DiffAugment on what D_I and D_V see")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of all random numbers")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=utils.PRECISIONS, default="auto", help="auto: bf16 if native")
@@ -48,6 +54,7 @@ def parse_args(argv=None):
     add("--sample-every", type=number(int, 1), default=1000, help="epochs between sample GIFs")
     add("--checkpoint-every", type=number(int, 1), default=5000, help="epochs between checkpoints")
     add("--checkpoint-minutes", type=number(float, 0), default=10.0, help="the same, by the clock")
+    add("--evaluate-every", type=number(int, 0), default=0, help="epochs between measurements")
     add("--keep", type=number(int, 0), default=0, help="how many numbered checkpoints to keep")
     add("--deterministic", action="store_true", help="same bits on a GPU; the CPU always does")
     return parser.parse_args(argv)
@@ -68,11 +75,12 @@ def run(args, checkpoints, resume_command):
         utils.lock_folders(args.models, args.videos),
         utils.graceful_stop(announce_stop) as stop,
     ):
-        trainer = Trainer(clips, args.batch_size, args.lr, args.seed, device, precision)
+        recipe = args.ema, args.noise_sigma, args.augment
+        trainer = Trainer(clips, args.batch_size, args.lr, args.seed, device, precision, *recipe)
         info = {"settings": settings(args, clips, device, precision), "data": clips.fingerprint()}
-        history = None
+        history = evaluations = None
         if args.pre_train == 1:
-            history = resume(trainer, checkpoints, info)
+            history, evaluations = resume(trainer, checkpoints, info)
             if trainer.seed != args.seed:
                 print(f"note: --seed {args.seed} has no effect: this run has {trainer.seed}")
             if trainer.epoch >= args.epochs:
@@ -85,12 +93,19 @@ def run(args, checkpoints, resume_command):
         for name, line in facts.items():
             print(f"{name:<10}{line}")
         save_gif(args.videos / "real.gif", video_grid(trainer.sample_real().numpy()))
+        evaluator = None
+        if args.evaluate_every:
+            networks = [Features("efficientnet_lite0", device)]
+            evaluator = Evaluator(clips, networks, EVALUATED, device=device)
+            evaluator.show_progress = False
+            floor = (f"{name} {value:.4g}" for name, value in evaluator.floor.items())
+            facts["real"] = f"the real clips, as if generated: {', '.join(floor)}"
         page = Page(args.videos, args.epochs, facts)
-        with Logger(args.models, history) as log:
+        with Logger(args.models, history, evaluations) as log:
             if log.board_error:
                 print(f"note: nothing goes to TensorBoard ({log.board_error})")
             try:
-                train(trainer, args, log, page, checkpoints, info, stop)
+                train(trainer, args, log, page, checkpoints, info, stop, evaluator)
             except BaseException as error:
                 with contextlib.suppress(OSError):
                     log.plot()
@@ -121,7 +136,9 @@ def settings(args, clips, device, precision):
 
 
 def resume(trainer, checkpoints, info):
-    """Load the newest intact checkpoint and report settings that changed. Returns its history.
+    """Load the newest intact checkpoint and report settings that changed.
+
+    Returns its history and its evaluations.
 
     Raises UserError if there is none, or if it is of other networks.
     """
@@ -139,7 +156,7 @@ def resume(trainer, checkpoints, info):
         if then != now:
             was, is_now = (f"{data['clips']} with {data['frames']} frames" for data in (then, now))
             print(f"note: the clips have changed, in name or content: {was} then, {is_now} now")
-        return state["history"]
+        return state["history"], state.get("evaluations")
     except (AttributeError, LookupError, TypeError, ValueError) as reason:
         message = f"{path}: cannot resume from it ({reason}); leave --pre-train out to start again"
         raise UserError(message) from reason

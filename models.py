@@ -124,6 +124,7 @@ class VideoGenerator(nn.Module):
 
     def __init__(self, size=96):
         super().__init__()
+        self.size = size
         self.motion_rnn = MotionRNN()
         self.image_generator = ImageGenerator(size)
 

@@ -10,14 +10,18 @@ log-odds; G_I and R_M minimize -log D(ṽ) instead, the non-saturating form; and
 to look real is 0.9, not 1.
 """
 
+import contextlib
 import math
 import time
 
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import checkpoint
+from augment import sample_view, see
 from data import Batch, to_float, to_uint8
+from evaluate import sample_videos
 from models import ImageDiscriminator, VideoDiscriminator, VideoGenerator
 from utils import TrainingError, progress_bar
 from video import save_gif, video_grid
@@ -42,12 +46,28 @@ class Trainer:
     clips: a ClipDataset; it gives the size of the frames, T, and the lengths of the videos.
     seed: of the first weights, the sampled clips and windows, and the noise.
     precision: "fp32" or "bf16", of G_I, D_I and D_V; R_M and the losses stay float32.
+    ema: the decay of the exponential moving average of R_M and G_I, `average`, an AveragedModel;
+    0: there is none.
+    noise_sigma, augment: what D_I and D_V see, see augment.py.
 
-    All random numbers are sampled on the host, so a seed means the same on every device.
+    All random numbers but the pixels' noise are sampled on the host, so a seed means the same on
+    every device.
     """
 
-    def __init__(self, clips, batch_size=16, lr=2e-4, seed=0, device="cpu", precision="fp32"):
+    def __init__(
+        self,
+        clips,
+        batch_size=16,
+        lr=2e-4,
+        seed=0,
+        device="cpu",
+        precision="fp32",
+        ema=0.999,
+        noise_sigma=0.0,
+        augment=False,
+    ):
         self.clips, self.batch_size, self.seed = clips, batch_size, seed
+        self.ema, self.noise_sigma, self.augment = ema, noise_sigma, augment
         self.device = device = torch.device(device)
         self.epoch = 0
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
@@ -64,6 +84,8 @@ class Trainer:
             self.generator.to(memory_format=torch.channels_last)
             self.image_discriminator.to(memory_format=torch.channels_last)
             self.video_discriminator.to(memory_format=torch.channels_last_3d)
+        # The statistics of G_I's batch normalization are averaged as the weights are.
+        self.average = AveragedModel(self.generator, use_buffers=True).eval() if ema else None
         options = {"lr": lr, "betas": BETAS, "fused": True}
         self.optimizer_d = torch.optim.Adam(self.discriminators.parameters(), **options)
         self.optimizer_g = torch.optim.Adam(self.generator.parameters(), **options)
@@ -88,7 +110,8 @@ class Trainer:
 
         Returns real: a Batch of uint8 pixels; noise: of whole paths, from
         `VideoGenerator.sample_noise`; frame_idx: (B, T + 1) int64, the places on each path of the T
-        frames of the window, then of the single frame. All on the device.
+        frames of the window, then of the single frame, all on the device; views: how D_I and D_V
+        see the real videos, and the generated ones in either step, from `augment.sample_view`.
         """
         real = self.clips.sample(self.batch_size, self.rng)
         real = Batch(*(x.to(self.device) for x in real))
@@ -98,7 +121,9 @@ class Trainer:
         frame_idx = torch.cat([window_idx, frame[:, None]], dim=1)
         length = int(frame_idx.max()) + 1  # R_M is causal: stop at the last frame needed
         noise = self.generator.sample_noise(self.batch_size, length, self.rng)
-        return real, noise, frame_idx.to(self.device)
+        options = self.clips.size, self.rng, self.noise_sigma, self.augment
+        views = [sample_view(self.batch_size, *options) for _ in range(3)]
+        return real, noise, frame_idx.to(self.device), views
 
     def generate(self, noise, frame_idx):
         """Generate videos, only the frames that S_T and S_1 take from them: a Batch in [-1, 1].
@@ -114,13 +139,14 @@ class Trainer:
         windows = windows.unflatten(0, (len(frames), -1)).transpose(1, 2)
         return Batch(windows, frames, labels=None)
 
-    def update(self, real, noise, frame_idx):
+    def update(self, real, noise, frame_idx, views=(None, None, None)):
         """One alternating update (paper, section 3.2) on what `sample_batch` returned.
 
         Returns the metrics of the epoch, a dict of tensors on the device: the losses, and the mean
         probability of being real that each discriminator gave to real and to generated videos.
         """
         D_I, D_V = self.image_discriminator.logits, self.video_discriminator.logits
+        real_view, fake_view, fake_view_g = views
         self.optimizer_d.zero_grad()
         self.optimizer_g.zero_grad()
 
@@ -128,6 +154,7 @@ class Trainer:
         #     -log D_I(S_1(v)) - log(1 - D_I(S_1(ṽ))) - log D_V(S_T(v)) - log(1 - D_V(S_T(ṽ)))
         self.discriminators.requires_grad_(True)
         v = Batch(to_float(real.windows), to_float(real.frames), real.labels)
+        v = see(v, real_view, self.noise_sigma)
         with self.autocast:
             d_image_real, d_video_real = D_I(v.frames), D_V(v.windows)
         loss_image_real = bce(d_image_real, REAL_LABEL)
@@ -136,8 +163,10 @@ class Trainer:
         del v  # a backward pass for real and one for generated videos need less memory than one
 
         fake = self.generate(noise, frame_idx)
+        seen = Batch(fake.windows.detach(), fake.frames.detach(), labels=None)
+        seen = see(seen, fake_view, self.noise_sigma)
         with self.autocast:
-            d_image_fake, d_video_fake = D_I(fake.frames.detach()), D_V(fake.windows.detach())
+            d_image_fake, d_video_fake = D_I(seen.frames), D_V(seen.windows)
         loss_image_fake = bce(d_image_fake, FAKE_LABEL)
         loss_video_fake = bce(d_video_fake, FAKE_LABEL)
         (loss_image_fake + loss_video_fake).backward()
@@ -146,9 +175,10 @@ class Trainer:
 
         # (2) Update G_I and R_M: minimize -log D_I(S_1(ṽ)) - log D_V(S_T(ṽ))
         self.discriminators.requires_grad_(False)
+        seen = see(fake, fake_view_g, self.noise_sigma)
         with self.autocast:
-            loss_g_image = bce(D_I(fake.frames), REAL_LABEL)
-            loss_g_video = bce(D_V(fake.windows), REAL_LABEL)
+            loss_g_image = bce(D_I(seen.frames), REAL_LABEL)
+            loss_g_video = bce(D_V(seen.windows), REAL_LABEL)
         (loss_g_image + loss_g_video).backward()
         self.optimizer_g.step()
 
@@ -167,18 +197,29 @@ class Trainer:
     def train_epoch(self):
         """Sample a batch and update on it. Returns the metrics, as `update` does."""
         metrics = self.update(*self.sample_batch())
+        if self.average:
+            n = int(self.average.n_averaged)  # at first the average is of the last few epochs only
+            self.average.multi_avg_fn = get_ema_multi_avg_fn(min(self.ema, (1 + n) / (10 + n)))
+            self.average.update_parameters(self.generator)
         self.epoch += 1
         return metrics
 
-    @torch.no_grad()
-    def sample(self):
-        """Videos from the fixed noise, in evaluation mode: (16, T, S, S, 3) uint8, on the CPU."""
-        self.generator.eval()
+    @contextlib.contextmanager
+    def sampler(self):
+        """The generator to sample from: the average, where there is one, in evaluation mode."""
+        generator = self.average.module if self.average else self.generator
+        generator.eval()
         try:
-            path = self.generator.path(*self.fixed_noise)
-            videos = [to_uint8(self.generator.render(z)) for z in path]  # one by one: less memory
+            yield generator
         finally:
             self.generator.train()
+
+    @torch.no_grad()
+    def sample(self):
+        """Videos of `sampler` from the fixed noise: (16, T, S, S, 3) uint8, on the CPU."""
+        with self.sampler() as generator:
+            path = generator.path(*self.fixed_noise)
+            videos = [to_uint8(generator.render(z)) for z in path]  # one by one: less memory
         return torch.stack(videos).permute(0, 1, 3, 4, 2).cpu()
 
     def sample_real(self):
@@ -189,15 +230,15 @@ class Trainer:
     def state(self):
         """All that resuming needs, plain values and tensors. Raises TrainingError if not finite."""
         state = {
-            "epoch": self.epoch,
-            "seed": self.seed,
+            **self.generator_state(),
             "networks": {name: net.state_dict() for name, net in self.networks.items()},
             "optimizer_d": self.optimizer_d.state_dict(),
             "optimizer_g": self.optimizer_g.state_dict(),
             "rng": self.rng.get_state(),
             "fixed_noise": self.fixed_noise,
         }
-        tensors = [t for net in state["networks"].values() for t in net.values()]
+        networks = [*state["networks"].values(), *state["average"].values()]
+        tensors = [t for net in networks for t in net.values()]
         for optimizer in (state["optimizer_d"], state["optimizer_g"]):
             tensors += [t for moments in optimizer["state"].values() for t in moments.values()]
         if not all(tensor.isfinite().all() for tensor in tensors):
@@ -205,9 +246,13 @@ class Trainer:
         return state
 
     def generator_state(self):
-        """What generate.py needs of `state`."""
-        networks = {name: self.networks[name].state_dict() for name in ("R_M", "G_I")}
-        return {"epoch": self.epoch, "seed": self.seed, "networks": networks}
+        """What generate.py needs of `state`: R_M and G_I as trained, and their average."""
+        state = {"epoch": self.epoch, "seed": self.seed, "networks": {}, "average": {}}
+        for name, attribute in (("R_M", "motion_rnn"), ("G_I", "image_generator")):
+            state["networks"][name] = self.networks[name].state_dict()
+            if self.average:
+                state["average"][name] = getattr(self.average.module, attribute).state_dict()
+        return {**state, "n_averaged": int(self.average.n_averaged) if self.average else 0}
 
     def load_state(self, state):
         """Resume from what `state` returned, on any device.
@@ -217,6 +262,10 @@ class Trainer:
         try:
             for name, network in self.networks.items():
                 network.load_state_dict(state["networks"][name])
+            if self.average and state.get("average"):  # else it begins with the next epoch
+                self.average.module.motion_rnn.load_state_dict(state["average"]["R_M"])
+                self.average.module.image_generator.load_state_dict(state["average"]["G_I"])
+                self.average.n_averaged.fill_(state["n_averaged"])
             for name in ("optimizer_d", "optimizer_g"):
                 # The moments are the checkpoint's, the options (lr) those of now.
                 optimizer = getattr(self, name)
@@ -250,19 +299,31 @@ def save_samples(trainer, log, folder):
     log.add_image("samples", grid[len(grid) // 2], trainer.epoch)
 
 
+def evaluate(trainer, evaluator, log, folder):
+    """Measure the generator, log it, and save it as best.pt into `folder` if it is the best."""
+    with trainer.sampler() as generator:
+        videos = sample_videos(generator, evaluator.num, trainer.clips.frames, trainer.seed)
+        metrics, _ = evaluator.measure(videos)
+    scores = [row[evaluator.criterion] for row in log.evaluations]
+    log.add_evaluation({"epoch": trainer.epoch, **metrics})
+    if metrics[evaluator.criterion] < min(scores, default=math.inf):
+        checkpoint.save(folder / "best.pt", trainer.generator_state())
+
+
 def save_checkpoint(trainer, log, checkpoints, info, numbered=False):
     """Save the run as it stands, and its generator alone as generator.pt."""
-    content = {**trainer.state(), "history": log.history(), **info}
+    content = {**trainer.state(), "history": log.history(), "evaluations": log.evaluations, **info}
     checkpoint.save(checkpoints.folder / "generator.pt", trainer.generator_state())
     checkpoints.save(content, numbered)
 
 
-def train(trainer, args, log, page, checkpoints, info, stop):
+def train(trainer, args, log, page, checkpoints, info, stop, evaluator=None):
     """Train up to epoch `args.epochs`, with samples, logs and checkpoints on the way.
 
     args: the options of main.py; log: a Logger; page: a Page; checkpoints: a Checkpoints; info:
     what a checkpoint holds besides the state; stop: once this list is not empty the epoch in hand
-    is the last one. Raises TrainingError, before it is saved, at a metric that is not finite.
+    is the last one; evaluator: an Evaluator, if any is to be. Raises TrainingError, before it is
+    saved, at a metric that is not finite.
     """
     if not (args.videos / f"epoch-{trainer.epoch:06d}.gif").exists():
         save_samples(trainer, log, args.videos)
@@ -278,8 +339,11 @@ def train(trainer, args, log, page, checkpoints, info, stop):
             last = epoch == args.epochs or bool(stop)
             numbered = epoch % args.checkpoint_every == 0
             sample_due = epoch % args.sample_every == 0 or epoch == args.epochs
+            evaluation_due = evaluator and (
+                epoch % args.evaluate_every == 0 or epoch == args.epochs
+            )
             save_due = last or numbered or now - saved >= 60 * args.checkpoint_minutes
-            if not (sample_due or save_due or now - log.clock >= LOG_INTERVAL):
+            if not (sample_due or evaluation_due or save_due or now - log.clock >= LOG_INTERVAL):
                 continue
 
             try:
@@ -289,6 +353,8 @@ def train(trainer, args, log, page, checkpoints, info, stop):
                 bar.update(epoch - bar.n)
                 if sample_due:
                     save_samples(trainer, log, args.videos)
+                if evaluation_due:
+                    evaluate(trainer, evaluator, log, checkpoints.folder)
                 if now - page_written >= PAGE_INTERVAL or (sample_due and now - page_written >= 5):
                     log.plot()
                     page.write(trainer.epoch, log)

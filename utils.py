@@ -19,8 +19,8 @@ PRECISIONS = ("auto", "fp32", "bf16")
 IN_IPYTHON = hasattr(builtins, "__IPYTHON__")  # Jupyter and Colab included
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a training run writes into its two folders.
-RUN_FILES = ("checkpoint*.pt", "generator.pt", "losses.*", "events.out.tfevents.*")
-RUN_FILES += ("real.gif", "epoch-*.gif", "index.html")
+RUN_FILES = ("checkpoint*.pt", "generator.pt", "best.pt", "losses.*", "evaluations.csv")
+RUN_FILES += ("events.out.tfevents.*", "real.gif", "epoch-*.gif", "index.html")
 
 
 class UserError(Exception):

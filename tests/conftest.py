@@ -96,14 +96,14 @@ def synthetic_clip():
     return np.stack(list(synthetic.render_clip(synthetic.PEOPLE[0], "jack")))
 
 
-def run(script, *args):
+def run(script, *args, cwd=ROOT):
     """Run a script of the project as a user would; returns the process, with its output."""
     done = subprocess.run(
         [sys.executable, ROOT / script, *map(str, args)],
         capture_output=True,
         text=True,
         timeout=300,
-        cwd=ROOT,
+        cwd=cwd,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import trainer as trainer_module
+from augment import see
 from benchmark import NaiveTrainer
 from data import Batch
 from logger import Logger
@@ -61,7 +62,7 @@ def test_update_equals_the_naive_one(clips, narrow, device, dtype, tolerance, mo
     for network in trainer.networks.values():
         network.to(dtype)
     for epoch in range(4):
-        real, noise, frame_idx = trainer.sample_batch()
+        real, noise, frame_idx, _ = trainer.sample_batch()
         noise = tuple(x.to(dtype) for x in noise)
         if epoch < 2 and not exact:
             # Adam's first steps are of full length even where a gradient is mere rounding: in
@@ -84,7 +85,7 @@ def test_update_equals_the_naive_one(clips, narrow, device, dtype, tolerance, mo
 
 
 def test_update_returns_losses_and_mean_probabilities_before_the_step(trained):
-    real, noise, frame_idx = trained.sample_batch()
+    real, noise, frame_idx, _ = trained.sample_batch()
     before = copy.deepcopy(trained)
     metrics = trained.update(real, noise, frame_idx)
     fake = before.generate(noise, frame_idx)
@@ -161,7 +162,7 @@ def test_generated_windows_and_frames_lie_as_in_real_clips(clips, narrow):
     start, frame = [0, 5, 20], [9, 3, 40]
     clips.sample = lambda *_: Batch(*torch.zeros(3))
     clips.sample_indices = lambda *_: (None, torch.tensor(start), torch.tensor(frame))
-    _, (_, e, _), frame_idx = Trainer(clips, batch_size=3).sample_batch()
+    _, (_, e, _), frame_idx, _ = Trainer(clips, batch_size=3).sample_batch()
     assert frame_idx.tolist() == [[*range(s, s + 16), f] for s, f in zip(start, frame)]
     assert e.shape[:2] == (3, 41)
 
@@ -198,10 +199,12 @@ def test_training_resumes_exactly_from_a_file(clips, trained, tmp_path):
     resumed, slower = Trainer(clips, batch_size=2, seed=99), Trainer(clips, lr=1e-4)
     resumed.load_state(checkpoint.load(tmp_path / "checkpoint.pt"))
     slower.load_state(state)
+    assert_equal(resumed.state()["average"], trained.state()["average"])
     assert resumed.epoch == 1 and resumed.seed == 0
     for weight, moments in resumed.optimizer_d.state.items():
         assert moments["exp_avg"].stride() == weight.stride()
-    for what in 2 * (Trainer.train_epoch, weights_of, Trainer.sample, Trainer.sample_real):
+    average = Trainer.generator_state
+    for what in 2 * (Trainer.train_epoch, weights_of, average, Trainer.sample, Trainer.sample_real):
         assert_equal(what(trained), what(resumed))
     assert slower.optimizer_d.param_groups[0]["lr"] == 1e-4
 
@@ -212,6 +215,7 @@ def test_state_that_is_not_finite_is_refused(trained):
         (trained.generator.motion_rnn.gru.bias_hh_l0.data, float("nan")),
         (trained.optimizer_d.state[D_V.linear.bias]["exp_avg_sq"], float("inf")),
         (D_V.main[3].running_mean, float("inf")),
+        (trained.average.module.image_generator.main[1].weight.data, float("nan")),
     ):
         good, values[-1] = values[-1].item(), bad
         with pytest.raises(TrainingError, match="epoch 1: weights or moments are not finite"):
@@ -321,3 +325,69 @@ def test_train_saves_before_an_error_of_a_gif_ends_it(loop, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         loop.run(epochs=100, sample_every=7)
     assert loop.saved == {7: False}
+
+
+def test_average_equals_a_loop_by_hand_and_leaves_the_training_as_it_is(clips, narrow):
+    trainer, plain = Trainer(clips, batch_size=2, ema=0.3), Trainer(clips, batch_size=2, ema=0)
+    average = None
+    for n in range(5):
+        assert_equal(trainer.train_epoch(), plain.train_epoch())
+        decay = min(0.3, (1 + n) / (10 + n))
+        now = {name: x.double() for name, x in trainer.generator.state_dict().items()}
+        average = average or now
+        average = {name: decay * average[name] + (1 - decay) * x for name, x in now.items()}
+    assert_equal(weights_of(trainer), weights_of(plain))
+    assert decay == 0.3  # both forms were used
+    for name, x in trainer.average.module.state_dict().items():
+        if "num_batches" not in name:  # which only counts
+            torch.testing.assert_close(x.double(), average[name], rtol=1e-5, atol=1e-7)
+    averaged = trainer.sample()
+    trainer.average = None
+    assert_equal(trainer.sample(), plain.sample())  # without an average, the weights as trained
+    assert not torch.equal(trainer.sample(), averaged)
+
+
+def test_average_begins_where_a_checkpoint_has_none(clips, trained):
+    old = {**trained.state(), "average": {}, "n_averaged": 0}
+    resumed = Trainer(clips, batch_size=2)
+    resumed.load_state(old)
+    resumed.train_epoch()
+    assert_equal(resumed.average.module.state_dict(), resumed.generator.state_dict())
+    without = Trainer(clips, batch_size=2, ema=0)
+    without.load_state(trained.state())
+    assert without.state()["average"] == {}
+
+
+def test_both_discriminators_see_what_the_options_say(clips, narrow):
+    trainer = Trainer(clips, batch_size=2, noise_sigma=0.1, augment=True)
+    trainer.train_epoch()
+    real, noise, frame_idx, views = trainer.sample_batch()
+    before = copy.deepcopy(trainer)
+    images, windows = [], []
+    for inputs, network in (
+        (images, trainer.image_discriminator),
+        (windows, trainer.video_discriminator),
+    ):
+        network.main[0].register_forward_pre_hook(
+            lambda _, x, inputs=inputs: inputs.append(x[0].detach().clone())
+        )
+    trainer.update(real, noise, frame_idx, views)
+    v = Batch(real.windows / 127.5 - 1, real.frames / 127.5 - 1, None)
+    fake = before.generate(noise, frame_idx)
+    seen = [see(batch, view, 0.1) for batch, view in zip((v, fake, fake), views)]
+    assert len(images) == len(windows) == len({str(view) for view in views}) == 3
+    torch.testing.assert_close(images, [batch.frames.detach() for batch in seen])
+    torch.testing.assert_close(windows, [batch.windows.detach() for batch in seen])
+
+
+def test_options_change_the_training_and_resume_exactly(clips, narrow):
+    options = {"batch_size": 2, "noise_sigma": 0.1, "augment": True}
+    trainer, plain = Trainer(clips, **options), Trainer(clips, batch_size=2)
+    assert trainer.train_epoch() != plain.train_epoch()
+    resumed = Trainer(clips, **options)
+    resumed.load_state(copy.deepcopy(trainer.state()))
+    assert_equal(
+        [trainer.train_epoch(), trainer.train_epoch()],
+        [resumed.train_epoch(), resumed.train_epoch()],
+    )
+    assert_equal(weights_of(trainer), weights_of(resumed))

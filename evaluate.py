@@ -1,0 +1,358 @@
+"""Measure generated videos against the real clips.
+
+    python evaluate.py                                     # the newest generator of main.py
+    python evaluate.py --checkpoint trained_models         # all generators there; the best is named
+    python evaluate.py --fake videos                       # videos made elsewhere
+    python evaluate.py --features mc3_18 i3d               # other features; i3d gives FVD
+
+Of features: the Fréchet distance (of Gaussians with their means and covariances; it grows where
+videos are few), the kernel distance (unbiased) and diversity. Of pixels: ACD, motion, and how near
+the nearest real window is. The row "real" is the floor: other windows of the same real clips.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+if __name__ == "__main__":  # a notebook may hold other modules of these names, or older ones
+    for path in Path(__file__).parent.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+import checkpoint
+import generate
+import utils
+from data import ClipDataset
+from features import I3D_SHA256, NETWORKS, Features
+from resize import find_sources
+from utils import Parser, UserError, number
+from video import LabelledGrid, Unusable
+
+BATCH = 8  # videos in a pass of a network
+STILLS, THUMBNAIL = (4, 24)  # by so many frames, so many pixels wide, near windows are found
+PAIRS, PAIRS_PATH = (10, Path("generated_videos/nearest.png"))
+
+
+def frechet_distance(x, y):
+    """The Fréchet distance of Gaussians with the means and covariances of (n, d), (m, d) features.
+
+    |μ_x - μ_y|² + Tr(Σ_x + Σ_y - 2 (Σ_x Σ_y)^½). With X, centred x over √(n - 1), Σ_x is XᵀX, and
+    the last trace is the sum of the singular values of X Yᵀ: no covariance matrix is needed.
+    """
+    x, y = x.double(), y.double()
+    X, Y = ((a - a.mean(0)) / (len(a) - 1) ** 0.5 for a in (x, y))
+    root = torch.linalg.svdvals(torch.linalg.qr(X).R @ torch.linalg.qr(Y).R.T).sum()
+    return ((x.mean(0) - y.mean(0)).square().sum() + (X**2).sum() + (Y**2).sum() - 2 * root).item()
+
+
+def kernel_distance(x, y):
+    """Unbiased MMD² of (n, d) and (m, d) features, with KID's kernel, (a·b / d + 1)³."""
+
+    def mean_kernel(a, b):
+        k = (a.double() @ b.double().T / a.shape[1] + 1) ** 3
+        return (k.sum() - k.trace()) / (len(a) * (len(a) - 1)) if a is b else k.mean()
+
+    return (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)).item()
+
+
+def mean_pairwise_distance(x):
+    """The mean Euclidean distance between two rows of x, (..., n, d): (...)."""
+    return torch.cdist(x, x).sum((-2, -1)) / (x.shape[-2] * (x.shape[-2] - 1))
+
+
+def compare(real, videos):
+    """The metrics of videos against real ones, both from `Evaluator.describe`: floats by name."""
+    metrics = {}
+    for name in (name for name in videos if name.endswith(("_clips", "_frames"))):
+        metrics[f"{name}_frechet"] = frechet_distance(real[name], videos[name])
+        metrics[f"{name}_kernel"] = kernel_distance(real[name], videos[name])
+        spread, spread_real = (mean_pairwise_distance(x[name]).item() for x in (videos, real))
+        metrics[f"{name}_diversity"] = spread / spread_real
+    metrics["acd"] = videos["acd"].mean().item()
+    metrics["motion"] = (videos["motion"].mean() / real["motion"].mean()).item()
+    return metrics
+
+
+def still_indices(frames):
+    return torch.linspace(0, frames - 1, STILLS).round().long()
+
+
+def thumbnails(images):
+    """(..., S, S, 3) uint8 to (..., 24 * 24 * 3) float32."""
+    small = F.adaptive_avg_pool2d(images.flatten(0, -4).movedim(-1, 1).float(), THUMBNAIL)
+    return small.reshape(*images.shape[:-3], -1)
+
+
+@torch.no_grad()
+def find_nearest(images, clips, device="cpu", own=None):
+    """Find the real window that is nearest to each video, by thumbnails of four stills.
+
+    images: the stills, (n, 4, S, S, 3) uint8; own: (n,), the clip of each, which is left out.
+    Returns RMS differences in 8-bit levels, and indices of clips and of first frames: (n,) each.
+    """
+    x = thumbnails(images.to(device)).flatten(1)
+    nearest = torch.full((3, len(x)), float("inf"), dtype=torch.float64, device=device)
+    for c in range(len(clips)):
+        clip = thumbnails(torch.from_numpy(np.array(clips.clip(c))).to(device))
+        start = torch.arange(len(clip) - clips.frames + 1)[:, None]
+        windows = clip[start + still_indices(clips.frames)].flatten(1)
+        distance, start = (torch.cdist(x, windows) / x.shape[1] ** 0.5).min(1)
+        found = torch.stack([distance.double(), torch.full_like(distance, c), start])
+        is_nearer = (
+            distance < nearest[0]
+            if own is None
+            else (distance < nearest[0]) & (own.to(device) != c)
+        )
+        nearest = torch.where(is_nearer, found, nearest)
+    distance, clip, start = nearest.cpu()
+    return distance, clip.long(), start.long()
+
+
+class Evaluator:
+    """Measures videos against real clips.
+
+    clips: a ClipDataset; networks: Features; num: videos on either side; seed: of the real windows,
+    which are sampled as in training. What is computed of them is kept in the folder of the clips.
+    `floor`: the metrics of other real windows. Raises UserError if `num` is too small.
+    """
+
+    def __init__(self, clips, networks, num, seed=0, device="cpu"):
+        self.clips, self.networks, self.num, self.device = clips, networks, num, device
+        self.show_progress = True
+        for network in networks:
+            if 5 * num < network.dim:
+                many = f"its {network.dim:,} features need a fifth as many: {-(-network.dim // 5)}"
+                raise UserError(f"{num} videos are too few for {network.name}; {many}")
+        key = [1, clips.fingerprint(), clips.frames, num, seed, [n.sha256 for n in networks]]
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        path = clips.folder / ".evaluation" / f"{name}.pt"
+        try:
+            content = torch.load(path, weights_only=True)
+        except Exception:  # not there, or damaged
+            rng = torch.Generator().manual_seed(seed)
+            real, _ = self._describe_real(rng, "real clips")
+            content = real, *self._describe_real(rng, "real again")
+            with contextlib.suppress(OSError):  # a folder that cannot be written to
+                path.parent.mkdir(exist_ok=True)
+                with utils.atomic_write(path) as file:
+                    torch.save(content, file)
+        self.real, again, distances = content
+        # Memorised is what is nearer to a real window than 99 % of real windows are to other clips.
+        self.near = distances.quantile(0.01)
+        self.floor = self._metrics(again, distances)
+        self.criterion = next(iter(self.floor))  # by which the best generator is chosen
+
+    def _describe_real(self, rng, name):
+        """Describe real windows, and find their distances to other clips."""
+        clip, start, _ = self.clips.sample_indices(self.num, rng)
+        windows = zip(clip.tolist(), start.tolist())
+        windows = (self.clips.clip(c)[None, s : s + self.clips.frames] for c, s in windows)
+        described = self.describe((torch.from_numpy(w.copy()) for w in windows), name)
+        return described, find_nearest(described.pop("stills"), self.clips, self.device, own=clip)[
+            0
+        ]
+
+    @torch.no_grad()
+    def describe(self, batches, name=""):
+        """All that is compared of videos: a dict of tensors with a row for each, on the CPU.
+
+        batches: iterable of (B, T, S, S, 3) uint8 tensors.
+        """
+        rows, first = defaultdict(list), 0
+        hidden = not self.show_progress
+        with utils.progress_bar(total=self.num, desc=name, unit="video", disable=hidden) as bar:
+            for windows in batches:
+                rows["stills"].append(windows[:, still_indices(windows.shape[1])])
+                windows = windows.to(self.device)
+                for network in self.networks:
+                    for kind, features in network(windows, first).items():
+                        rows[f"{network.name}_{kind}"].append(features.float())
+                pixels = windows.float()
+                rows["acd"].append(mean_pairwise_distance(pixels.mean((2, 3))))  # of mean colours
+                rows["motion"].append(pixels.diff(dim=1).abs().mean((1, 2, 3, 4)))
+                first += len(windows)
+                bar.update(len(windows))
+        return {name: torch.cat(parts).cpu() for name, parts in rows.items()}
+
+    def _metrics(self, videos, distances):
+        metrics = compare(self.real, videos)
+        metrics["nearest"] = distances.median().item()
+        metrics["memorised"] = (distances < self.near).double().mean().item()
+        is_i3d = any(network.sha256 == I3D_SHA256 for network in self.networks)
+        names = {"i3d_clips_frechet": "fvd"} if is_i3d else {}
+        return {names.get(name, name): value for name, value in metrics.items()}
+
+    def measure(self, batches, name=""):
+        """The metrics of videos, iterable of (B, T, S, S, 3) uint8: floats by name, as `floor`.
+
+        Also returns their stills, and for each what `find_nearest` returns.
+        """
+        videos = self.describe(batches, name)
+        found = find_nearest(videos["stills"], self.clips, self.device)
+        return self._metrics(videos, found[0]), (videos["stills"], *found)
+
+
+def sample_videos(generator, num, frames, seed):
+    """Videos 0 ... num - 1 of a seed, as generate.py makes them: (B, K, S, S, 3) uint8 tensors."""
+    for first in range(0, num, BATCH):
+        indices = range(first, min(num, first + BATCH))
+        z_content = generate.sample_contents(seed, indices)
+        noise = generate.sample_motion_noise(seed, indices, frames)
+        z_motion = generate.motion_codes(generator, *noise)
+        rendered = generate.render_frames(generator, z_content[None], z_motion[None])
+        yield torch.from_numpy(np.stack(list(rendered), axis=1))
+
+
+def read_videos(folder, num, frames, size):
+    """The first `num` windows of the videos, arrays and folders of frames in `folder`.
+
+    Returns a list of (1, T, S, S, 3) uint8 tensors. Raises UserError if there is none, or if frames
+    are not S × S.
+    """
+    sources, _ = find_sources(folder, folder)
+    videos = {reader.path: reader for reader in sources.values()}
+    arrays = [path for path in utils.files_below(folder) if path.suffix == ".npy"]
+    videos |= {path: np.load(path, mmap_mode="r") for path in arrays}
+    windows = []
+    for path, video in sorted(videos.items()):
+        with contextlib.suppress(Unusable):  # not a video, or damaged from here on
+            video = iter(video)
+            while len(window := list(itertools.islice(video, frames))) == frames:
+                if window[0].shape != (size, size, 3):
+                    shape = "×".join(map(str, window[0].shape))
+                    raise UserError(f"{path}: frames of {shape}, not {size}×{size}×3")
+                windows.append(torch.from_numpy(np.stack(window))[None])
+                if len(windows) == num:
+                    return windows
+    if not windows:
+        raise UserError(f"{folder}: no videos of at least {frames} frames")
+    return windows
+
+
+def find_generators(paths):
+    """The files that `paths` name: of a folder, one for each epoch. Raises UserError if none."""
+    files = []
+    for path in paths:
+        inside = {checkpoint.peek_epoch(file): file for file in sorted(path.glob("*.pt"))}
+        files += [inside[epoch] for epoch in sorted(inside)] if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{paths[0]}: no generators there; train with main.py")
+    return files
+
+
+def save_pairs(path, clips, images, distance, clip, start):
+    """Write a picture of the ten videos that are nearest to a real window, and of these windows."""
+    nearest, cells = distance.argsort()[:PAIRS].tolist(), []
+    for i in nearest:
+        cells += [*images[i].numpy(), *clips.clip(clip[i])[start[i] + still_indices(clips.frames)]]
+    labels = [f"{distance[i]:.1f}" for i in nearest], STILLS * ["generated"] + STILLS * ["real"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with utils.atomic_write(path) as file:
+        Image.fromarray(LabelledGrid(*labels, clips.size).frame(cells)).save(file, "PNG")
+
+
+def print_table(title, metrics, rows):
+    """Print the mean ± deviation of `metrics`, by name, of each of `rows`: lists of dicts."""
+    width = max(map(len, [title, *rows]))
+    headings = [metric.removeprefix(title + "_").replace("_", " ") for metric in metrics]
+    print(f"\n{title:{width}}" + "".join(f"{heading:>18}" for heading in headings))
+    for row, results in rows.items():
+        values = [[result[metric] for result in results] for metric in metrics]
+        cells = [
+            f"{np.mean(v):.4g}" + f" ± {np.std(v, ddof=len(v) > 1):.2g}" * (len(v) > 1)
+            for v in values
+        ]
+        print(f"{row:{width}}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+def parse_args(argv=None):
+    parser = Parser(prog="evaluate.py", description="Measure videos against the real clips.")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, nargs="+", help="files or folders; default: the newest")
+    add("--raw", action="store_true", help="the weights as trained, not their average")
+    add("--fake", type=Path, help="a folder of videos made elsewhere, instead of a checkpoint")
+    add("--data", type=Path, default="resized_data", help="folder of real clips, from resize.py")
+    add("--num", type=number(int, 2, 10**6), default=2048, help="videos on either side")
+    add("--frames", type=number(int, 16), default=16, help="of each video")
+    add("--repeats", type=number(int, 1), default=3, help="with other generated videos")
+    add("--seed", type=number(int, 0, 2**62), default=0, help="of the first repeat")
+    add("--features", choices=NETWORKS, nargs="+", default=NETWORKS[:1], help="of which networks")
+    add("--weights", type=Path, help="a TorchScript file of i3d, instead of the download")
+    add("--json", type=Path, help="append a line for each generator to this file")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    return parser.parse_args(argv)
+
+
+def run(args):
+    """Measure what `args` ask for; print the tables, append to --json, and write the pairs."""
+    device = utils.pick_device(args.device)
+    utils.set_up_device(device, deterministic=device.type == "cuda")
+    clips = ClipDataset(args.data, args.frames)
+    num, repeats = args.num, {}  # for each path, the batches of videos of each repeat
+    if args.fake:
+        if not args.fake.is_dir():
+            raise UserError(f"{args.fake}: no such folder")
+        repeats[args.fake] = [read_videos(args.fake, num, args.frames, clips.size)]
+        num = len(repeats[args.fake][0])
+    else:
+        newest = generate.find_checkpoint(Path("trained_models"), ["checkpoint.pt"])
+        for path in find_generators(args.checkpoint or [newest]):
+            generator = generate.load_generator(path, device, args.raw)
+            if generator.size != clips.size:
+                raise UserError(f"{path}: {generator.size} pixels, the clips have {clips.size}")
+            seeds = range(args.seed, args.seed + args.repeats)
+            repeats[path] = [sample_videos(generator, num, args.frames, seed) for seed in seeds]
+    networks = [Features(name, device, args.weights) for name in dict.fromkeys(args.features)]
+    evaluator = Evaluator(clips, networks, num, args.seed, device)
+
+    rows, best = {"real": [evaluator.floor]}, (float("inf"),)
+    for path, sets in repeats.items():
+        epoch = None if args.fake else checkpoint.peek_epoch(path)
+        row = str(path) if args.fake else f"{path}, epoch {epoch:,}"
+        rows[row] = []
+        for batches in sets:
+            metrics, found = evaluator.measure(batches, row)
+            rows[row].append(metrics)
+        score = np.mean([metrics[evaluator.criterion] for metrics in rows[row]])
+        best = min(best, (score, row, found), key=lambda entry: entry[0])
+        record = {
+            **{"date": time.strftime("%Y-%m-%d"), "path": str(path), "epoch": epoch},
+            **{"raw": args.raw, "seed": args.seed, "torch": str(torch.__version__)},
+            **{"data": clips.fingerprint(), "n": num, "frames": args.frames, "size": clips.size},
+            "features": {network.name: network.sha256 for network in networks},
+            **{"real": evaluator.floor, "repeats": rows[row]},
+        }
+        if args.json:
+            with open(args.json, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    _, best_row, found = best
+    print(f"{num:,} videos of {args.frames} frames, {clips.size}×{clips.size}, against {args.data}")
+    of_features = [name for name in evaluator.floor if name.startswith(NETWORKS)]
+    for network in networks:
+        names = [name for name in of_features if name.startswith(network.name)]
+        print_table(network.name, names, rows)
+    print_table("", [name for name in evaluator.floor if name not in of_features], rows)
+    if len(repeats) > 1:
+        print(f"\nbest: {best_row}, by {evaluator.criterion}")
+    save_pairs(PAIRS_PATH, clips, *found)
+    print(f"\n{PAIRS_PATH} shows the {PAIRS} videos that are nearest to a real window")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with utils.one_line_errors("evaluate.py", "take a smaller --num"):
+        run(args)
+
+
+if __name__ == "__main__":
+    main()
