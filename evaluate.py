@@ -37,7 +37,6 @@ from resize import find_sources
 from utils import Parser, UserError, number
 from video import LabelledGrid, Unusable
 
-BATCH = 8  # videos in a pass of a network
 STILLS, THUMBNAIL = (4, 24)  # by so many frames, so many pixels wide, near windows are found
 PAIRS, PAIRS_PATH = (10, Path("generated_videos/nearest.png"))
 
@@ -201,17 +200,6 @@ class Evaluator:
         return self._metrics(videos, found[0]), (videos["stills"], *found)
 
 
-def sample_videos(generator, num, frames, seed):
-    """Videos 0 ... num - 1 of a seed, as generate.py makes them: (B, K, S, S, 3) uint8 tensors."""
-    for first in range(0, num, BATCH):
-        indices = range(first, min(num, first + BATCH))
-        z_content = generate.sample_contents(seed, indices)
-        noise = generate.sample_motion_noise(seed, indices, frames)
-        z_motion = generate.motion_codes(generator, *noise)
-        rendered = generate.render_frames(generator, z_content[None], z_motion[None])
-        yield torch.from_numpy(np.stack(list(rendered), axis=1))
-
-
 def read_videos(folder, num, frames, size):
     """The first `num` windows of the videos, arrays and folders of frames in `folder`.
 
@@ -310,7 +298,9 @@ def run(args):
             if generator.size != clips.size:
                 raise UserError(f"{path}: {generator.size} pixels, the clips have {clips.size}")
             seeds = range(args.seed, args.seed + args.repeats)
-            repeats[path] = [sample_videos(generator, num, args.frames, seed) for seed in seeds]
+            repeats[path] = [
+                generate.sample_videos(generator, num, args.frames, seed) for seed in seeds
+            ]
     networks = [Features(name, device, args.weights) for name in dict.fromkeys(args.features)]
     evaluator = Evaluator(clips, networks, num, args.seed, device)
 

@@ -57,9 +57,9 @@ def load_generator(path, device="cpu", raw=False):
 
 
 def find_checkpoint(path, names=("best.pt", "checkpoint.pt")):
-    """`path`; if it is a folder, the first of `names` there, else its generator.pt."""
+    """`path`; of a folder, the first of `names` that is there, else generator.pt."""
     files = [path / name for name in names if (path / name).is_file()]
-    return path if path.is_file() else [*files, path / "generator.pt"][0]
+    return [*files, path / "generator.pt"][0] if path.is_dir() else path
 
 
 def random_stream(*numbers):
@@ -130,6 +130,16 @@ def video(generator, frames=16, seed=0, index=0):
     z_content = sample_contents(seed, [index])
     z_motion = motion_codes(generator, *sample_motion_noise(seed, [index], frames))
     return (frame for (frame,) in render_frames(generator, z_content[None], z_motion[None]))
+
+
+def sample_videos(generator, num, frames=16, seed=0):
+    """Videos 0 ... num - 1 of a seed, eight at a time: yields (B, K, S, S, 3) uint8 tensors."""
+    for first in range(0, num, 8):
+        indices = range(first, min(num, first + 8))
+        z_content = sample_contents(seed, indices)
+        z_motion = motion_codes(generator, *sample_motion_noise(seed, indices, frames))
+        rendered = render_frames(generator, z_content[None], z_motion[None])
+        yield torch.from_numpy(np.stack(list(rendered), axis=1))
 
 
 def content_motion_grid(

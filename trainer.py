@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import checkpoint
 from augment import sample_view, see
 from data import Batch, to_float, to_uint8
-from evaluate import sample_videos
+from generate import sample_videos
 from models import ImageDiscriminator, VideoDiscriminator, VideoGenerator
 from utils import TrainingError, progress_bar
 from video import save_gif, video_grid

@@ -182,7 +182,7 @@ def models(tmp_path_factory):
 
 def test_sampled_videos_are_those_of_generate(models):
     generator = generate.load_generator(models / "generator.pt")
-    videos = torch.cat(list(evaluate.sample_videos(generator, 11, 16, seed=5)))
+    videos = torch.cat(list(generate.sample_videos(generator, 11, 16, seed=5)))
     assert videos.shape == (11, 16, 32, 32, 3)
     for i in (0, 10):
         frames = np.stack(list(generate.video(generator, 16, seed=5, index=i)))
@@ -260,7 +260,7 @@ def test_bad_input_gets_one_line(models, clips_folder, tmp_path, monkeypatch, ca
     np.save(tmp_path / "other" / "a.npy", np.zeros((20, 48, 48, 3), np.uint8))
     np.save(tmp_path / "short" / "a.npy", np.zeros((15, 32, 32, 3), np.uint8))
     for args, line in (
-        ([], "trained_models/generator.pt: no such file; train with main.py"),
+        ([], "trained_models: no such file; train with main.py"),
         (["--checkpoint=empty"], "empty: no generators there; train with main.py"),
         (["--checkpoint=other/a.npy"], "other/a.npy: damaged, or not a checkpoint"),
         (["--fake=nowhere"], "nowhere: no such folder"),

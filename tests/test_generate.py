@@ -239,3 +239,30 @@ def test_main_reports_bad_input_in_one_line(model, tmp_path, capsys, flags, mess
     assert stop.value.code == (2 if flags else 1) and message in lines[-1]
     assert lines[-1].startswith("generate.py: error: ")
     assert all("frame" in line for line in lines[:-1])  # the progress bar
+
+
+def test_average_and_best_are_taken_unless_another_is_asked_for(model, tmp_path, capsys):
+    path, network = model
+    content = checkpoint.load(path)
+    for name, seed in (("checkpoint.pt", 1), ("best.pt", 2)):
+        torch.manual_seed(seed)
+        other = VideoGenerator(32)
+        states = other.motion_rnn.state_dict(), other.image_generator.state_dict()
+        average = dict(zip(("R_M", "G_I"), states))
+        checkpoint.save(tmp_path / name, {**content, "average": average})
+        loaded = load_generator(tmp_path / name).state_dict()
+        torch.testing.assert_close(loaded, other.state_dict(), rtol=0, atol=0)
+    raw = load_generator(tmp_path / "best.pt", raw=True).state_dict()
+    torch.testing.assert_close(raw, network.state_dict(), rtol=0, atol=0)
+
+    def first_frame(*flags):
+        flags = [*flags, "--num=1", "--frames=1", "--format=npy"]
+        call(flags[0], tmp_path / "out", *flags[1:])
+        return np.load(tmp_path / "out" / "video-0000.npy")
+
+    best = first_frame(tmp_path / "best.pt")
+    assert (first_frame(tmp_path) == best).all()  # of a folder
+    assert not (first_frame(tmp_path / "checkpoint.pt") == best).all()
+    assert (first_frame(tmp_path, "--raw") == first_frame(path)).all()
+    (tmp_path / "best.pt").unlink()
+    assert (first_frame(tmp_path) == first_frame(tmp_path / "checkpoint.pt")).all()

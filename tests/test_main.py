@@ -20,7 +20,8 @@ import generate
 import main
 import models
 import trainer
-from data import to_uint8
+from data import ClipDataset, to_uint8
+from evaluate import Evaluator
 
 METRICS = [f"loss_{side}_{kind}" for side in "dg" for kind in ("image", "video")]
 METRICS += [f"d_{kind}_{of}" for kind in ("image", "video") for of in ("real", "fake")]
@@ -219,6 +220,56 @@ def test_bad_flags_are_refused_in_one_line(folders, capsys, arg, message):
     assert exit_.value.code == 2
     assert error.startswith("main.py: error: ") and error.count("\n") == 1 and message in error
     assert not folders.files()
+
+
+class Colours:
+    """Features of evaluate.py that need no network: the mean of each colour."""
+
+    name, dim, sha256 = "colours", 3, "colours"
+
+    def __init__(self, *_):
+        pass
+
+    def __call__(self, windows, first=0):
+        return {"clips": windows.double().mean((1, 2, 3))}
+
+
+def test_evaluation_while_training(folders, clips_folder, monkeypatch):
+    """It changes nothing in the training; best.pt and the figures survive a resume."""
+    monkeypatch.setattr(main, "Features", Colours)
+    monkeypatch.setattr(main, "EVALUATED", 20)
+    folders.train("--epochs=5")
+    plain = checkpoint.load(folders.models / "checkpoint.pt")
+    folders.train("--epochs=5", "--evaluate-every=2")
+    best = {}
+    for epochs in ([2, 4, 5], [2, 4, 5, 6, 8]):
+        with open(folders.models / "evaluations.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["epoch"]) for row in rows] == epochs
+        scores = {int(row["epoch"]): float(row["colours_clips_frechet"]) for row in rows}
+        best = checkpoint.load(folders.models / "best.pt")
+        assert best["epoch"] == min(scores, key=scores.get)
+        page = (folders.videos / "index.html").read_text()
+        assert page.count("<tr>") == 1 + len(epochs) and f"<td>{scores[5]:.4g}</td>" in page
+        assert "real clips, as if generated: colours clips frechet" in page.replace("_", " ")
+        state = checkpoint.load(folders.models / "checkpoint.pt")
+        assert state["evaluations"][-1]["colours_clips_frechet"] == scores[epochs[-1]]
+        if epochs[-1] == 5:
+            torch.testing.assert_close(state["networks"], plain["networks"], rtol=0, atol=0)
+            folders.train("--epochs=8", "--evaluate-every=2", "--pre-train=1")
+    # The figures are those of the averaged generator, measured by itself.
+    generator = trainer.VideoGenerator(32)
+    generator.motion_rnn.load_state_dict(best["average"]["R_M"])
+    generator.image_generator.load_state_dict(best["average"]["G_I"])
+    evaluator = Evaluator(ClipDataset(clips_folder), [Colours()], 20)
+    metrics, _ = evaluator.measure(generate.sample_videos(generator.eval(), 20))
+    assert metrics["colours_clips_frechet"] == pytest.approx(min(scores.values()), rel=0.01)
+    board = EventAccumulator(str(folders.models)).Reload()
+    logged = board.Scalars("evaluation/colours_clips_frechet")
+    assert {event.step: event.value for event in logged} == pytest.approx(scores)
+    folders.train("--epochs=1")  # a new run takes nothing over
+    assert not (folders.models / "best.pt").exists()
+    assert not (folders.models / "evaluations.csv").exists()
 
 
 @pytest.mark.parametrize("script", ["main.py", "resize.py", "generate.py", "benchmark.py"])
