@@ -99,19 +99,16 @@ def find_nearest(images, clips, device="cpu", own=None):
     Returns RMS differences in 8-bit levels, and indices of clips and of first frames: (n,) each.
     """
     x = thumbnails(images.to(device)).flatten(1)
-    nearest = torch.full((3, len(x)), float("inf"), dtype=torch.float64, device=device)
+    nearest = torch.full((3, len(x)), float("inf"), device=device)
     for c in range(len(clips)):
         clip = thumbnails(torch.from_numpy(np.array(clips.clip(c))).to(device))
         start = torch.arange(len(clip) - clips.frames + 1)[:, None]
         windows = clip[start + still_indices(clips.frames)].flatten(1)
         distance, start = (torch.cdist(x, windows) / x.shape[1] ** 0.5).min(1)
-        found = torch.stack([distance.double(), torch.full_like(distance, c), start])
-        is_nearer = (
-            distance < nearest[0]
-            if own is None
-            else (distance < nearest[0]) & (own.to(device) != c)
-        )
-        nearest = torch.where(is_nearer, found, nearest)
+        found = torch.stack([distance, torch.full_like(distance, c), start])
+        if own is not None:
+            distance[own.to(device) == c] = float("inf")
+        nearest = torch.where(distance < nearest[0], found, nearest)
     distance, clip, start = nearest.cpu()
     return distance, clip.long(), start.long()
 
@@ -138,8 +135,8 @@ class Evaluator:
             content = torch.load(path, weights_only=True)
         except Exception:  # not there, or damaged
             rng = torch.Generator().manual_seed(seed)
-            real, _ = self._describe_real(rng, "real clips")
-            content = real, *self._describe_real(rng, "real again")
+            (real, _), again = (self._describe_real(rng, name) for name in ("real", "real again"))
+            content = real, *again
             with contextlib.suppress(OSError):  # a folder that cannot be written to
                 path.parent.mkdir(exist_ok=True)
                 with utils.atomic_write(path) as file:
@@ -156,9 +153,8 @@ class Evaluator:
         windows = zip(clip.tolist(), start.tolist())
         windows = (self.clips.clip(c)[None, s : s + self.clips.frames] for c, s in windows)
         described = self.describe((torch.from_numpy(w.copy()) for w in windows), name)
-        return described, find_nearest(described.pop("stills"), self.clips, self.device, own=clip)[
-            0
-        ]
+        distances, _, _ = find_nearest(described.pop("stills"), self.clips, self.device, own=clip)
+        return described, distances
 
     @torch.no_grad()
     def describe(self, batches, name=""):
