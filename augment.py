@@ -46,7 +46,7 @@ def see(batch, view, noise_sigma=0.0):
     """
     if view is None:
         return batch
-    seen = batch[:2]
+    seen = [x.float() if x.dtype == torch.bfloat16 else x for x in batch[:2]]
     if view.flips is not None:
         seen = [augmented(x, view) for x in seen]
     if view.noise_seed is not None:

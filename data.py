@@ -91,6 +91,11 @@ class ClipDataset:
             raise TrainingError(f"{self.paths[i]} has changed: {reason}") from None
         return clip
 
+    def windows(self, clip, start, length=None):
+        """Windows of clips (B,) from frames (B,), T or `length` long: (B, T, S, S, 3) uint8."""
+        length, pairs = length or self.frames, zip(clip.tolist(), start.tolist())
+        return torch.from_numpy(np.stack([self.clip(c)[s : s + length] for c, s in pairs]))
+
     def fingerprint(self):
         """A hash that identifies the data: a dict of plain values.
 
@@ -134,10 +139,8 @@ class ClipDataset:
             windows = self.pixels[window_idx.to(device)]
             frames = self.pixels[(offset + frame).to(device)]
         else:
-            clips = [self.clip(c) for c in clip.tolist()]
-            windows = np.stack([c[s : s + self.frames] for c, s in zip(clips, start.tolist())])
-            frames = np.stack([c[f] for c, f in zip(clips, frame.tolist())])
-            windows, frames = torch.from_numpy(windows), torch.from_numpy(frames)
+            windows = self.windows(clip, start)
+            frames = self.windows(clip, frame, length=1)[:, 0]
         return Batch(windows.permute(0, 4, 1, 2, 3), frames.permute(0, 3, 1, 2), self.labels[clip])
 
 

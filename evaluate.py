@@ -31,13 +31,13 @@ if __name__ == "__main__":  # a notebook may hold other modules of these names, 
 import checkpoint
 import generate
 import utils
-from data import ClipDataset
+from data import ClipDataset, load_array
 from features import I3D_SHA256, NETWORKS, Features
 from resize import find_sources
 from utils import Parser, UserError, number
 from video import LabelledGrid, Unusable
 
-STILLS, THUMBNAIL = (4, 24)  # by so many frames, so many pixels wide, near windows are found
+STILLS, THUMBNAIL = (4, 24)  # frames of a video, and their width, to find its nearest window
 PAIRS, PAIRS_PATH = (10, Path("generated_videos/nearest.png"))
 
 
@@ -49,7 +49,7 @@ def frechet_distance(x, y):
     """
     x, y = x.double(), y.double()
     X, Y = ((a - a.mean(0)) / (len(a) - 1) ** 0.5 for a in (x, y))
-    root = torch.linalg.svdvals(torch.linalg.qr(X).R @ torch.linalg.qr(Y).R.T).sum()
+    root = torch.linalg.svdvals(torch.linalg.qr(X, "r").R @ torch.linalg.qr(Y, "r").R.T).sum()
     return ((x.mean(0) - y.mean(0)).square().sum() + (X**2).sum() + (Y**2).sum() - 2 * root).item()
 
 
@@ -65,20 +65,8 @@ def kernel_distance(x, y):
 
 def mean_pairwise_distance(x):
     """The mean Euclidean distance between two rows of x, (..., n, d): (...)."""
-    return torch.cdist(x, x).sum((-2, -1)) / (x.shape[-2] * (x.shape[-2] - 1))
-
-
-def compare(real, videos):
-    """The metrics of videos against real ones, both from `Evaluator.describe`: floats by name."""
-    metrics = {}
-    for name in (name for name in videos if name.endswith(("_clips", "_frames"))):
-        metrics[f"{name}_frechet"] = frechet_distance(real[name], videos[name])
-        metrics[f"{name}_kernel"] = kernel_distance(real[name], videos[name])
-        spread, spread_real = (mean_pairwise_distance(x[name]).item() for x in (videos, real))
-        metrics[f"{name}_diversity"] = spread / spread_real
-    metrics["acd"] = videos["acd"].mean().item()
-    metrics["motion"] = (videos["motion"].mean() / real["motion"].mean()).item()
-    return metrics
+    distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.sum((-2, -1)) / (x.shape[-2] * (x.shape[-2] - 1))
 
 
 def still_indices(frames):
@@ -86,30 +74,30 @@ def still_indices(frames):
 
 
 def thumbnails(images):
-    """(..., S, S, 3) uint8 to (..., 24 * 24 * 3) float32."""
+    """(..., S, S, 3) uint8 to (..., 24 * 24 * 3) float32, on the CPU."""
     small = F.adaptive_avg_pool2d(images.flatten(0, -4).movedim(-1, 1).float(), THUMBNAIL)
     return small.reshape(*images.shape[:-3], -1)
 
 
-@torch.no_grad()
-def find_nearest(images, clips, device="cpu", own=None):
-    """Find the real window that is nearest to each video, by thumbnails of four stills.
+def find_nearest(images, clips, own=None):
+    """Find the real window that is nearest to each video, by thumbnails of four frames.
 
-    images: the stills, (n, 4, S, S, 3) uint8; own: (n,), the clip of each, which is left out.
+    images: these frames, (n, 4, S, S, 3) uint8; own: (n,), the clip of each, which is left out.
     Returns RMS differences in 8-bit levels, and indices of clips and of first frames: (n,) each.
     """
-    x = thumbnails(images.to(device)).flatten(1)
-    nearest = torch.full((3, len(x)), float("inf"), device=device)
+    x = torch.cat([thumbnails(part).flatten(1) for part in images.split(64)])
+    nearest = torch.full((3, len(x)), float("inf"))
     for c in range(len(clips)):
-        clip = thumbnails(torch.from_numpy(np.array(clips.clip(c))).to(device))
+        parts = torch.from_numpy(np.array(clips.clip(c))).split(64)
+        clip = torch.cat([thumbnails(part) for part in parts])
         start = torch.arange(len(clip) - clips.frames + 1)[:, None]
         windows = clip[start + still_indices(clips.frames)].flatten(1)
         distance, start = (torch.cdist(x, windows) / x.shape[1] ** 0.5).min(1)
         found = torch.stack([distance, torch.full_like(distance, c), start])
         if own is not None:
-            distance[own.to(device) == c] = float("inf")
+            distance[own == c] = float("inf")
         nearest = torch.where(distance < nearest[0], found, nearest)
-    distance, clip, start = nearest.cpu()
+    distance, clip, start = nearest
     return distance, clip.long(), start.long()
 
 
@@ -118,55 +106,48 @@ class Evaluator:
 
     clips: a ClipDataset; networks: Features; num: videos on either side; seed: of the real windows,
     which are sampled as in training. What is computed of them is kept in the folder of the clips.
-    `floor`: the metrics of other real windows. Raises UserError if `num` is too small.
+    `real_metrics`: those of other real windows. Raises UserError if `num` is too small.
     """
 
     def __init__(self, clips, networks, num, seed=0, device="cpu"):
         self.clips, self.networks, self.num, self.device = clips, networks, num, device
-        self.show_progress = True
         for network in networks:
             if 5 * num < network.dim:
-                many = f"its {network.dim:,} features need a fifth as many: {-(-network.dim // 5)}"
-                raise UserError(f"{num} videos are too few for {network.name}; {many}")
-        key = [1, clips.fingerprint(), clips.frames, num, seed, [n.sha256 for n in networks]]
+                needed = f"it has {network.dim:,} features; take {-(-network.dim // 5)} or more"
+                raise UserError(f"{num} videos are too few for {network.name}: {needed}")
+        key = [clips.fingerprint(), clips.frames, num, seed, str(device)]
+        key += [network.sha256 for network in networks]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         path = clips.folder / ".evaluation" / f"{name}.pt"
         try:
-            content = torch.load(path, weights_only=True)
+            content = checkpoint.load(path)["content"]
         except Exception:  # not there, or damaged
             rng = torch.Generator().manual_seed(seed)
-            (real, _), again = (self._describe_real(rng, name) for name in ("real", "real again"))
-            content = real, *again
-            with contextlib.suppress(OSError):  # a folder that cannot be written to
+            (real, _), other = (self._describe_real(rng, n) for n in ("real", "real, others"))
+            content = real, *other
+            with contextlib.suppress(OSError):  # a folder that cannot be written to, a full disk
                 path.parent.mkdir(exist_ok=True)
-                with utils.atomic_write(path) as file:
-                    torch.save(content, file)
-        self.real, again, distances = content
-        # Memorised is what is nearer to a real window than 99 % of real windows are to other clips.
-        self.near = distances.quantile(0.01)
-        self.floor = self._metrics(again, distances)
-        self.criterion = next(iter(self.floor))  # by which the best generator is chosen
+                checkpoint.save(path, {"epoch": 0, "content": content})
+        self.real, other, distances = content
+        self.memorised = distances.quantile(0.01)  # nearer than this
+        self.real_metrics = self._metrics(other, distances)
+        self.criterion = next(iter(self.real_metrics))  # by which the best generator is chosen
 
     def _describe_real(self, rng, name):
         """Describe real windows, and find their distances to other clips."""
         clip, start, _ = self.clips.sample_indices(self.num, rng)
-        windows = zip(clip.tolist(), start.tolist())
-        windows = (self.clips.clip(c)[None, s : s + self.clips.frames] for c, s in windows)
-        described = self.describe((torch.from_numpy(w.copy()) for w in windows), name)
-        distances, _, _ = find_nearest(described.pop("stills"), self.clips, self.device, own=clip)
+        batches = (self.clips.windows(c, s) for c, s in zip(clip.split(8), start.split(8)))
+        described = self._describe(batches, name)
+        distances, _, _ = find_nearest(described.pop("images"), self.clips, own=clip)
         return described, distances
 
     @torch.no_grad()
-    def describe(self, batches, name=""):
-        """All that is compared of videos: a dict of tensors with a row for each, on the CPU.
-
-        batches: iterable of (B, T, S, S, 3) uint8 tensors.
-        """
+    def _describe(self, batches, name):
+        """All that is compared of videos: a dict of tensors with a row for each, on the CPU."""
         rows, first = defaultdict(list), 0
-        hidden = not self.show_progress
-        with utils.progress_bar(total=self.num, desc=name, unit="video", disable=hidden) as bar:
+        with utils.progress_bar(total=self.num, desc=name, unit="video", disable=not name) as bar:
             for windows in batches:
-                rows["stills"].append(windows[:, still_indices(windows.shape[1])])
+                rows["images"].append(windows[:, still_indices(windows.shape[1])])
                 windows = windows.to(self.device)
                 for network in self.networks:
                     for kind, features in network(windows, first).items():
@@ -179,21 +160,29 @@ class Evaluator:
         return {name: torch.cat(parts).cpu() for name, parts in rows.items()}
 
     def _metrics(self, videos, distances):
-        metrics = compare(self.real, videos)
+        real, metrics = self.real, {}
+        for name in (name for name in videos if name.endswith(("_clips", "_frames"))):
+            is_fvd = name == "i3d_clips" and I3D_SHA256 in [n.sha256 for n in self.networks]
+            frechet = "i3d_fvd" if is_fvd else f"{name}_frechet"
+            metrics[frechet] = frechet_distance(real[name], videos[name])
+            metrics[f"{name}_kernel"] = kernel_distance(real[name], videos[name])
+            spread, spread_real = (mean_pairwise_distance(x[name]).item() for x in (videos, real))
+            metrics[f"{name}_diversity"] = spread / spread_real
+        metrics["acd"] = videos["acd"].mean().item()
+        metrics["motion"] = (videos["motion"].mean() / real["motion"].mean()).item()
         metrics["nearest"] = distances.median().item()
-        metrics["memorised"] = (distances < self.near).double().mean().item()
-        is_i3d = any(network.sha256 == I3D_SHA256 for network in self.networks)
-        names = {"i3d_clips_frechet": "fvd"} if is_i3d else {}
-        return {names.get(name, name): value for name, value in metrics.items()}
+        metrics["memorised"] = (distances < self.memorised).float().mean().item()
+        return metrics
 
     def measure(self, batches, name=""):
-        """The metrics of videos, iterable of (B, T, S, S, 3) uint8: floats by name, as `floor`.
+        """The metrics of videos, iterable of (B, T, S, S, 3) uint8: floats by name.
 
-        Also returns their stills, and for each what `find_nearest` returns.
+        name: for a progress bar. Also returns four frames of each video, (n, 4, S, S, 3), and what
+        `find_nearest` returns of them.
         """
-        videos = self.describe(batches, name)
-        found = find_nearest(videos["stills"], self.clips, self.device)
-        return self._metrics(videos, found[0]), (videos["stills"], *found)
+        videos = self._describe(batches, name)
+        found = find_nearest(videos["images"], self.clips)
+        return self._metrics(videos, found[0]), (videos["images"], *found)
 
 
 def read_videos(folder, num, frames, size):
@@ -202,34 +191,36 @@ def read_videos(folder, num, frames, size):
     Returns a list of (1, T, S, S, 3) uint8 tensors. Raises UserError if there is none, or if frames
     are not S × S.
     """
-    sources, _ = find_sources(folder, folder)
-    videos = {reader.path: reader for reader in sources.values()}
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    sources, skipped = find_sources(folder, folder)
+    videos, windows = {reader.path: reader for reader in sources.values()}, []
     arrays = [path for path in utils.files_below(folder) if path.suffix == ".npy"]
-    videos |= {path: np.load(path, mmap_mode="r") for path in arrays}
-    windows = []
-    for path, video in sorted(videos.items()):
-        with contextlib.suppress(Unusable):  # not a video, or damaged from here on
-            video = iter(video)
+    for path in sorted([*videos, *arrays]):
+        try:
+            video = iter(videos[path] if path in videos else load_array(path))
             while len(window := list(itertools.islice(video, frames))) == frames:
-                if window[0].shape != (size, size, 3):
-                    shape = "×".join(map(str, window[0].shape))
-                    raise UserError(f"{path}: frames of {shape}, not {size}×{size}×3")
+                if window[0].shape != (size, size, 3) or window[0].dtype != np.uint8:
+                    kind = f"{window[0].dtype} {window[0].shape}"
+                    raise UserError(f"{path}: frames are {kind}, not uint8 ({size}, {size}, 3)")
                 windows.append(torch.from_numpy(np.stack(window))[None])
                 if len(windows) == num:
                     return windows
+        except (TypeError, ValueError, Unusable) as reason:
+            skipped.append((path, reason))
+    for path, reason in skipped:
+        print(f"skipped {path}: {reason}")
     if not windows:
         raise UserError(f"{folder}: no videos of at least {frames} frames")
     return windows
 
 
 def find_generators(paths):
-    """The files that `paths` name: of a folder, one for each epoch. Raises UserError if none."""
+    """The files that `paths` name: of a folder, one for each epoch."""
     files = []
     for path in paths:
         inside = {checkpoint.peek_epoch(file): file for file in sorted(path.glob("*.pt"))}
-        files += [inside[epoch] for epoch in sorted(inside)] if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{paths[0]}: no generators there; train with main.py")
+        files += [inside[epoch] for epoch in sorted(inside)] or [path]
     return files
 
 
@@ -250,12 +241,11 @@ def print_table(title, metrics, rows):
     headings = [metric.removeprefix(title + "_").replace("_", " ") for metric in metrics]
     print(f"\n{title:{width}}" + "".join(f"{heading:>18}" for heading in headings))
     for row, results in rows.items():
-        values = [[result[metric] for result in results] for metric in metrics]
-        cells = [
-            f"{np.mean(v):.4g}" + f" ± {np.std(v, ddof=len(v) > 1):.2g}" * (len(v) > 1)
-            for v in values
-        ]
-        print(f"{row:{width}}" + "".join(f"{cell:>18}" for cell in cells))
+        print(f"{row:{width}}", end="")
+        for values in ([result[metric] for result in results] for metric in metrics):
+            deviation = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
+            print(f"{f'{np.mean(values):.4g}{deviation}':>18}", end="")
+        print()
 
 
 def parse_args(argv=None):
@@ -265,7 +255,7 @@ def parse_args(argv=None):
     add("--raw", action="store_true", help="the weights as trained, not their average")
     add("--fake", type=Path, help="a folder of videos made elsewhere, instead of a checkpoint")
     add("--data", type=Path, default="resized_data", help="folder of real clips, from resize.py")
-    add("--num", type=number(int, 2, 10**6), default=2048, help="videos on either side")
+    add("--num", type=number(int, 2, 20_000), default=2048, help="videos on either side")
     add("--frames", type=number(int, 16), default=16, help="of each video")
     add("--repeats", type=number(int, 1), default=3, help="with other generated videos")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of the first repeat")
@@ -283,8 +273,6 @@ def run(args):
     clips = ClipDataset(args.data, args.frames)
     num, repeats = args.num, {}  # for each path, the batches of videos of each repeat
     if args.fake:
-        if not args.fake.is_dir():
-            raise UserError(f"{args.fake}: no such folder")
         repeats[args.fake] = [read_videos(args.fake, num, args.frames, clips.size)]
         num = len(repeats[args.fake][0])
     else:
@@ -300,7 +288,7 @@ def run(args):
     networks = [Features(name, device, args.weights) for name in dict.fromkeys(args.features)]
     evaluator = Evaluator(clips, networks, num, args.seed, device)
 
-    rows, best = {"real": [evaluator.floor]}, (float("inf"),)
+    rows, best = {"real": [evaluator.real_metrics]}, (float("inf"),)
     for path, sets in repeats.items():
         epoch = None if args.fake else checkpoint.peek_epoch(path)
         row = str(path) if args.fake else f"{path}, epoch {epoch:,}"
@@ -311,11 +299,20 @@ def run(args):
         score = np.mean([metrics[evaluator.criterion] for metrics in rows[row]])
         best = min(best, (score, row, found), key=lambda entry: entry[0])
         record = {
-            **{"date": time.strftime("%Y-%m-%d"), "path": str(path), "epoch": epoch},
-            **{"raw": args.raw, "seed": args.seed, "torch": str(torch.__version__)},
-            **{"data": clips.fingerprint(), "n": num, "frames": args.frames, "size": clips.size},
+            "date": time.strftime("%Y-%m-%d"),
+            "path": str(path),
+            "epoch": epoch,
+            "raw": args.raw,
+            "data": clips.fingerprint(),
+            "n": num,
+            "frames": args.frames,
+            "size": clips.size,
+            "seed": args.seed,
             "features": {network.name: network.sha256 for network in networks},
-            **{"real": evaluator.floor, "repeats": rows[row]},
+            "device": device.type,
+            "torch": str(torch.__version__),
+            "real": evaluator.real_metrics,
+            "repeats": rows[row],
         }
         if args.json:
             with open(args.json, "a") as file:
@@ -323,11 +320,11 @@ def run(args):
 
     _, best_row, found = best
     print(f"{num:,} videos of {args.frames} frames, {clips.size}×{clips.size}, against {args.data}")
-    of_features = [name for name in evaluator.floor if name.startswith(NETWORKS)]
+    of_features = [name for name in evaluator.real_metrics if name.startswith(NETWORKS)]
     for network in networks:
         names = [name for name in of_features if name.startswith(network.name)]
         print_table(network.name, names, rows)
-    print_table("", [name for name in evaluator.floor if name not in of_features], rows)
+    print_table("", [name for name in evaluator.real_metrics if name not in of_features], rows)
     if len(repeats) > 1:
         print(f"\nbest: {best_row}, by {evaluator.criterion}")
     save_pairs(PAIRS_PATH, clips, *found)

@@ -246,7 +246,8 @@ def run(args):
             save_video(paths[-1], count(frames), args.fps)
         seconds = bar.format_dict["elapsed"]
     names = f"{paths[0]} … {paths[-1]}" if len(paths) > 1 else paths[0]
-    print(f"{names}: {total} frames, {total / seconds:.0f} per second")
+    source = f"of {path}, epoch {checkpoint.peek_epoch(path):,}"
+    print(f"{names}: {total} frames, {total / seconds:.0f} per second, {source}")
 
 
 def main(argv=None):

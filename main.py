@@ -97,9 +97,8 @@ def run(args, checkpoints, resume_command):
         if args.evaluate_every:
             networks = [Features("efficientnet_lite0", device)]
             evaluator = Evaluator(clips, networks, EVALUATED, device=device)
-            evaluator.show_progress = False
-            floor = (f"{name} {value:.4g}" for name, value in evaluator.floor.items())
-            facts["real"] = f"the real clips, as if generated: {', '.join(floor)}"
+            metrics = (f"{name} {value:.4g}" for name, value in evaluator.real_metrics.items())
+            facts["real"] = f"other real windows: {', '.join(metrics)}"
         page = Page(args.videos, args.epochs, facts)
         with Logger(args.models, history, evaluations) as log:
             if log.board_error:

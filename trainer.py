@@ -86,6 +86,8 @@ class Trainer:
             self.video_discriminator.to(memory_format=torch.channels_last_3d)
         # The statistics of G_I's batch normalization are averaged as the weights are.
         self.average = AveragedModel(self.generator, use_buffers=True).eval() if ema else None
+        if ema:
+            self.average.module.motion_rnn.gru.flatten_parameters()  # as cuDNN wants them
         options = {"lr": lr, "betas": BETAS, "fused": True}
         self.optimizer_d = torch.optim.Adam(self.discriminators.parameters(), **options)
         self.optimizer_g = torch.optim.Adam(self.generator.parameters(), **options)

@@ -60,13 +60,11 @@ def test_kernel_distance_equals_the_sums_and_is_unbiased():
 def test_acd_and_motion_of_known_videos(clips):
     videos = torch.zeros(2, 16, 32, 32, 3, dtype=torch.uint8)
     videos[1, ::2, :, :, 0] = 30  # all red jumps by 30, half of the time
-    rows = Evaluator.describe(
-        SimpleNamespace(show_progress=False, num=2, networks=[], device="cpu"), [videos]
-    )
+    rows = Evaluator._describe(SimpleNamespace(num=2, networks=[], device="cpu"), [videos], "")
     assert rows["acd"][0] == rows["motion"][0] == 0
     assert rows["acd"][1] == pytest.approx(30 * 8 * 8 / (16 * 15 / 2))  # pairs that differ
     assert rows["motion"][1] == pytest.approx(10)  # of one channel in three
-    assert rows["stills"].shape == (2, 4, 32, 32, 3)
+    assert rows["images"].shape == (2, 4, 32, 32, 3)
 
 
 def test_nearest_windows_are_those_of_a_search_by_hand(clips):
@@ -132,28 +130,30 @@ def test_known_videos_come_in_the_right_order(clips, tmp_path):
 
     real, frozen, noisy = (evaluator.measure(change(w))[0] for w in ("real", "frozen", "noisy"))
     for kind in ("clips_frechet", "clips_kernel"):
-        values = [m[f"efficientnet_lite0_{kind}"] for m in (evaluator.floor, frozen, noisy)]
+        values = [m[f"efficientnet_lite0_{kind}"] for m in (evaluator.real_metrics, frozen, noisy)]
         assert values[0] < 0.5 * values[1] and values[0] < 0.5 * values[2]
         assert abs(real[f"efficientnet_lite0_{kind}"] - values[0]) < 0.3 * values[1]
-    frames = [m["efficientnet_lite0_frames_frechet"] for m in (evaluator.floor, frozen, noisy)]
+    frames = [
+        m["efficientnet_lite0_frames_frechet"] for m in (evaluator.real_metrics, frozen, noisy)
+    ]
     assert frames[1] < 2 * frames[0] < frames[2]
     assert frozen["motion"] == frozen["acd"] == 0 and real["motion"] == pytest.approx(1, abs=0.5)
     assert real["efficientnet_lite0_clips_diversity"] == pytest.approx(1, abs=0.1)
-    assert real["memorised"] == 1 and evaluator.floor["memorised"] < 0.05
+    assert real["memorised"] == 1 and evaluator.real_metrics["memorised"] < 0.05
 
 
 def test_real_windows_are_described_once(clips, tmp_path, monkeypatch):
     monkeypatch.setattr(clips, "folder", tmp_path)
     first = Evaluator(clips, [Colours()], 20)
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "describe", None)
-        assert Evaluator(clips, [Colours()], 20).floor == first.floor
+        patch.setattr(Evaluator, "_describe", None)
+        assert Evaluator(clips, [Colours()], 20).real_metrics == first.real_metrics
         for other in ({"seed": 1}, {"num": 21}):
             with pytest.raises(TypeError):
                 Evaluator(clips, [Colours()], **{"num": 20, **other})
     (cache,) = (tmp_path / ".evaluation").iterdir()
     cache.write_bytes(b"damaged")
-    assert Evaluator(clips, [Colours()], 20).floor == first.floor
+    assert Evaluator(clips, [Colours()], 20).real_metrics == first.real_metrics
 
 
 def test_too_few_videos_are_refused(clips):
@@ -261,12 +261,12 @@ def test_bad_input_gets_one_line(models, clips_folder, tmp_path, monkeypatch, ca
     np.save(tmp_path / "short" / "a.npy", np.zeros((15, 32, 32, 3), np.uint8))
     for args, line in (
         ([], "trained_models: no such file; train with main.py"),
-        (["--checkpoint=empty"], "empty: no generators there; train with main.py"),
+        (["--checkpoint=empty"], "empty: no such file; train with main.py"),
         (["--checkpoint=other/a.npy"], "other/a.npy: damaged, or not a checkpoint"),
         (["--fake=nowhere"], "nowhere: no such folder"),
         (["--fake=empty"], "empty: no videos of at least 16 frames"),
         (["--fake=short"], "short: no videos of at least 16 frames"),
-        (["--fake=other"], "other/a.npy: frames of 48×48×3, not 32×32×3"),
+        (["--fake=other"], "other/a.npy: frames are uint8 (48, 48, 3), not uint8 (32, 32, 3)"),
         (["--data=other", f"--checkpoint={models}"], "checkpoint-000001.pt: 32 pixels, the clips"),
         (["--data=empty"], "empty: no usable clips"),
         (["--features=vgg"], "argument --features: invalid choice: 'vgg'"),

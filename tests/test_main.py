@@ -251,7 +251,7 @@ def test_evaluation_while_training(folders, clips_folder, monkeypatch):
         assert best["epoch"] == min(scores, key=scores.get)
         page = (folders.videos / "index.html").read_text()
         assert page.count("<tr>") == 1 + len(epochs) and f"<td>{scores[5]:.4g}</td>" in page
-        assert "real clips, as if generated: colours clips frechet" in page.replace("_", " ")
+        assert "other real windows: colours clips frechet" in page.replace("_", " ")
         state = checkpoint.load(folders.models / "checkpoint.pt")
         assert state["evaluations"][-1]["colours_clips_frechet"] == scores[epochs[-1]]
         if epochs[-1] == 5:
