@@ -1,9 +1,9 @@
-"""What D_I and D_V see of videos under the recipe options, which are off by default.
+"""Augmentation of what D_I and D_V get: options of training that are off by default.
 
 Instance noise (`--noise-sigma`; the authors' command has 0.1) is added to every pixel. `--augment`
 is DiffAugment (Zhao et al., 2020, section 3.2) for videos: colour, flip and translation, with one
-sample for all frames of a video. Real and generated videos are treated alike, in both steps of the
-update, and the gradient flows through. Neither is in the paper.
+sample for all frames of a video. Real and generated videos are augmented alike, in both steps of
+the update, and the gradient flows through. Neither is in the MoCoGAN paper.
 """
 
 from typing import NamedTuple
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from data import Batch
 
 
-class View(NamedTuple):
-    """How B videos are seen. All on the CPU; None: that option is off."""
+class Augmentation(NamedTuple):
+    """How B videos are augmented. All on the CPU; None: that option is off."""
 
     colours: torch.Tensor | None  # (3, B): brightness, saturation, contrast
     flips: torch.Tensor | None  # (B,) bool: mirrored left to right or not
@@ -23,8 +23,8 @@ class View(NamedTuple):
     noise_seed: int | None
 
 
-def sample_view(batch_size, size, rng, noise_sigma=0.0, augment=False):
-    """Sample a View of videos of S = `size` from `rng`, a torch.Generator on the CPU.
+def sample_augmentation(batch_size, size, rng, noise_sigma=0.0, augment=False):
+    """Sample an Augmentation of videos of S = `size` from `rng`, a torch.Generator on the CPU.
 
     None, and nothing is taken from `rng`, if both options are off.
     """
@@ -36,37 +36,40 @@ def sample_view(batch_size, size, rng, noise_sigma=0.0, augment=False):
         shifts = torch.randint(2 * (size // 8) + 1, (batch_size, 2), generator=rng)
     if noise_sigma:
         noise_seed = int(torch.randint(2**62, (), generator=rng))
-    return View(colours, flips, shifts, noise_seed) if augment or noise_sigma else None
+    is_on = augment or noise_sigma
+    return Augmentation(colours, flips, shifts, noise_seed) if is_on else None
 
 
-def see(batch, view, noise_sigma=0.0):
-    """`batch`, a Batch in [-1, 1], as D_I and D_V see it: under `view`, a View or None.
+def augment(batch, augmentation, noise_sigma=0.0):
+    """Augment `batch`, a Batch in [-1, 1]; augmentation: an Augmentation, or None for none.
 
     The noise is sampled on the device of `batch`, all else on the CPU.
     """
-    if view is None:
+    if augmentation is None:
         return batch
-    seen = [x.float() if x.dtype == torch.bfloat16 else x for x in batch[:2]]
-    if view.flips is not None:
-        seen = [augmented(x, view) for x in seen]
-    if view.noise_seed is not None:
-        rng = torch.Generator(seen[0].device).manual_seed(view.noise_seed)
-        noise = (torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype) for x in seen)
-        seen = [x + noise_sigma * n for x, n in zip(seen, noise)]
-    return Batch(*seen, batch.labels)
+    inputs = [x.float() if x.dtype == torch.bfloat16 else x for x in batch[:2]]
+    if augmentation.flips is not None:
+        inputs = [diff_augment(x, augmentation) for x in inputs]
+    if augmentation.noise_seed is not None:
+        rng = torch.Generator(inputs[0].device).manual_seed(augmentation.noise_seed)
+        noise = (
+            torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype) for x in inputs
+        )
+        inputs = [x + noise_sigma * n for x, n in zip(inputs, noise)]
+    return Batch(*inputs, batch.labels)
 
 
-def augmented(x, view):
+def diff_augment(x, augmentation):
     """Colour, flip and translation of (B, 3, ..., S, S); what is shifted in is 0, grey."""
     per_video = len(x), *[1] * (x.dim() - 1)
-    brightness, saturation, contrast = view.colours.to(x).reshape(3, *per_video)
+    brightness, saturation, contrast = augmentation.colours.to(x).reshape(3, *per_video)
     x = x + brightness
     grey = x.mean(1, keepdim=True)
     x = grey + saturation * (x - grey)
     mean = x.mean(tuple(range(1, x.dim())), keepdim=True)
     x = mean + contrast * (x - mean)
-    x = torch.where(view.flips.to(x.device).reshape(per_video), x.flip(-1), x)
+    x = torch.where(augmentation.flips.to(x.device).reshape(per_video), x.flip(-1), x)
     size, margin = x.shape[-1], x.shape[-1] // 8
-    padded = F.pad(x, 4 * (margin,))
-    corners = (margin * 2 - view.shifts).tolist()
-    return torch.stack([p[..., y : y + size, x : x + size] for p, (y, x) in zip(padded, corners)])
+    corners = (2 * margin - augmentation.shifts).tolist()
+    padded = zip(F.pad(x, 4 * (margin,)), corners)
+    return torch.stack([p[..., top : top + size, left : left + size] for p, (top, left) in padded])

@@ -46,7 +46,7 @@ class NaiveTrainer:
             for name, net in self.networks.items()
         }
 
-    def update(self, real, noise, frame_idx, views=None):
+    def update(self, real, noise, frame_idx, _=None):
         """The update of the paper, section 3.2. Returns the four losses: a dict of floats."""
         R_M, G_I, D_I, D_V = (self.networks[name] for name in ("R_M", "G_I", "D_I", "D_V"))
         z_content, e, h0 = noise

@@ -14,8 +14,8 @@ from utils import UserError, atomic_write, is_out_of_memory
 FORMAT = 4  # the version of the content
 
 
-class DamagedError(Exception):
-    """Why a file is no checkpoint."""
+class DamagedError(UserError):
+    """A file that is no checkpoint."""
 
 
 def save(path, content, previous=None):
@@ -46,10 +46,10 @@ def load(path):
         except Exception as error:  # zipfile and torch raise a dozen kinds
             if is_out_of_memory(error):
                 raise
-            raise DamagedError("damaged, or not a checkpoint of this program") from error
+            raise DamagedError(f"{path}: damaged, or not a checkpoint of this program") from error
     version = content.get("format") if isinstance(content, dict) else None
     if not isinstance(version, int) or not isinstance(content.get("epoch"), int):
-        raise DamagedError("not a checkpoint of this program")
+        raise DamagedError(f"{path}: not a checkpoint of this program")
     if version != FORMAT:
         raise UserError(f"{path}: of another version of this program ({version}, not {FORMAT})")
     return content
@@ -94,7 +94,7 @@ class Checkpoints:
             try:
                 content = load(path)
             except DamagedError as reason:
-                damaged.append(f"{path}: {reason}")
+                damaged.append(str(reason))
             else:
                 self.last = path, content["epoch"]
                 return content, damaged

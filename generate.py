@@ -45,8 +45,6 @@ def load_generator(path, device="cpu", raw=False):
         generator = VideoGenerator(size)
         generator.motion_rnn.load_state_dict(networks["R_M"])
         generator.image_generator.load_state_dict(networks["G_I"])
-    except checkpoint.DamagedError as reason:
-        raise UserError(f"{path}: {reason}") from None
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{path}: it does not hold R_M and G_I of this program") from error
     if not all(weight.isfinite().all() for weight in generator.state_dict().values()):

@@ -7,6 +7,7 @@ Angles are in degrees from straight down, positive forward (seen from the side) 
 the front); lengths are in body heights; a phase p counts cycles of the movement.
 """
 
+from collections import namedtuple
 from dataclasses import dataclass
 
 import cv2
@@ -18,20 +19,9 @@ SUPERSAMPLING = 4  # frames are rendered that much larger, then averaged down
 SHOES = "1e1c1a"
 
 
-@dataclass
-class Person:
-    """Who is in a clip, and in front of which wall. Colours are RGB, in hexadecimal."""
-
-    name: str
-    height: int  # pixels
-    build: float  # 1 is average, more is broader
-    skin: str
-    hair: str
-    long_hair: bool
-    shirt: str
-    trousers: str
-    wall: str
-
+# Who is in a clip, and in front of which wall: the height in pixels, the build (1 is average, more
+# is broader), and colours, RGB in hexadecimal.
+Person = namedtuple("Person", "name height build skin hair long_hair shirt trousers wall")
 
 PEOPLE = (
     Person("anna", 62, 0.9, "eec8af", "783c14", True, "be1e2d", "28283c", "c4baa0"),

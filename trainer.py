@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import checkpoint
-from augment import sample_view, see
+from augment import augment, sample_augmentation
 from data import Batch, to_float, to_uint8
 from generate import sample_videos
 from models import ImageDiscriminator, VideoDiscriminator, VideoGenerator
@@ -31,6 +31,8 @@ BETAS = (0.5, 0.999)
 NUM_SAMPLES = 16  # videos in a sample GIF
 LOG_INTERVAL = 0.5  # seconds between log lines: fetching losses waits for the device
 PAGE_INTERVAL = 60  # seconds between updates of the page
+PROGRESS = "D: image {loss_d_image:.2f} video {loss_d_video:.2f} | "
+PROGRESS += "G: image {loss_g_image:.2f} video {loss_g_video:.2f}"
 NOT_FINITE = "not finite; try a smaller --lr, or --precision fp32"
 
 
@@ -48,7 +50,7 @@ class Trainer:
     precision: "fp32" or "bf16", of G_I, D_I and D_V; R_M and the losses stay float32.
     ema: the decay of the exponential moving average of R_M and G_I, `average`, an AveragedModel;
     0: there is none.
-    noise_sigma, augment: what D_I and D_V see, see augment.py.
+    noise_sigma, augment: augmentation of what D_I and D_V get, see augment.py; off by default.
 
     All random numbers but the pixels' noise are sampled on the host, so a seed means the same on
     every device.
@@ -78,6 +80,12 @@ class Trainer:
             self.video_discriminator = VideoDiscriminator(clips.size, clips.frames)
         discriminators = self.image_discriminator, self.video_discriminator
         self.discriminators = torch.nn.ModuleList(discriminators)
+        self.networks = {
+            "R_M": self.generator.motion_rnn,
+            "G_I": self.generator.image_generator,
+            "D_I": self.image_discriminator,
+            "D_V": self.video_discriminator,
+        }
         self.generator.to(self.device)
         self.discriminators.to(self.device)
         if self.device.type != "mps":  # where Conv3d was wrong in this layout: pytorch#141471
@@ -98,22 +106,13 @@ class Trainer:
             if 3 * clips.num_frames * clips.size**2 < free_memory / 2:
                 clips.to(self.device)
 
-    @property
-    def networks(self):
-        return {
-            "R_M": self.generator.motion_rnn,
-            "G_I": self.generator.image_generator,
-            "D_I": self.image_discriminator,
-            "D_V": self.video_discriminator,
-        }
-
     def sample_batch(self):
         """Sample all that is random in one epoch: what `update` takes.
 
         Returns real: a Batch of uint8 pixels; noise: of whole paths, from
         `VideoGenerator.sample_noise`; frame_idx: (B, T + 1) int64, the places on each path of the T
-        frames of the window, then of the single frame, all on the device; views: how D_I and D_V
-        see the real videos, and the generated ones in either step, from `augment.sample_view`.
+        frames of the window, then of the single frame, all on the device; augmentations: of the
+        real videos, and of the generated ones in D's step and in G's, see augment.py.
         """
         real = self.clips.sample(self.batch_size, self.rng)
         real = Batch(*(x.to(self.device) for x in real))
@@ -124,8 +123,8 @@ class Trainer:
         length = int(frame_idx.max()) + 1  # R_M is causal: stop at the last frame needed
         noise = self.generator.sample_noise(self.batch_size, length, self.rng)
         options = self.clips.size, self.rng, self.noise_sigma, self.augment
-        views = [sample_view(self.batch_size, *options) for _ in range(3)]
-        return real, noise, frame_idx.to(self.device), views
+        augmentations = [sample_augmentation(self.batch_size, *options) for _ in range(3)]
+        return real, noise, frame_idx.to(self.device), augmentations
 
     def generate(self, noise, frame_idx):
         """Generate videos, only the frames that S_T and S_1 take from them: a Batch in [-1, 1].
@@ -141,14 +140,14 @@ class Trainer:
         windows = windows.unflatten(0, (len(frames), -1)).transpose(1, 2)
         return Batch(windows, frames, labels=None)
 
-    def update(self, real, noise, frame_idx, views=(None, None, None)):
+    def update(self, real, noise, frame_idx, augmentations=(None, None, None)):
         """One alternating update (paper, section 3.2) on what `sample_batch` returned.
 
         Returns the metrics of the epoch, a dict of tensors on the device: the losses, and the mean
         probability of being real that each discriminator gave to real and to generated videos.
         """
         D_I, D_V = self.image_discriminator.logits, self.video_discriminator.logits
-        real_view, fake_view, fake_view_g = views
+        augmentation_real, augmentation_fake, augmentation_g = augmentations
         self.optimizer_d.zero_grad()
         self.optimizer_g.zero_grad()
 
@@ -156,7 +155,7 @@ class Trainer:
         #     -log D_I(S_1(v)) - log(1 - D_I(S_1(ṽ))) - log D_V(S_T(v)) - log(1 - D_V(S_T(ṽ)))
         self.discriminators.requires_grad_(True)
         v = Batch(to_float(real.windows), to_float(real.frames), real.labels)
-        v = see(v, real_view, self.noise_sigma)
+        v = augment(v, augmentation_real, self.noise_sigma)
         with self.autocast:
             d_image_real, d_video_real = D_I(v.frames), D_V(v.windows)
         loss_image_real = bce(d_image_real, REAL_LABEL)
@@ -165,10 +164,10 @@ class Trainer:
         del v  # a backward pass for real and one for generated videos need less memory than one
 
         fake = self.generate(noise, frame_idx)
-        seen = Batch(fake.windows.detach(), fake.frames.detach(), labels=None)
-        seen = see(seen, fake_view, self.noise_sigma)
+        fake_d = Batch(fake.windows.detach(), fake.frames.detach(), labels=None)
+        fake_d = augment(fake_d, augmentation_fake, self.noise_sigma)
         with self.autocast:
-            d_image_fake, d_video_fake = D_I(seen.frames), D_V(seen.windows)
+            d_image_fake, d_video_fake = D_I(fake_d.frames), D_V(fake_d.windows)
         loss_image_fake = bce(d_image_fake, FAKE_LABEL)
         loss_video_fake = bce(d_video_fake, FAKE_LABEL)
         (loss_image_fake + loss_video_fake).backward()
@@ -177,10 +176,10 @@ class Trainer:
 
         # (2) Update G_I and R_M: minimize -log D_I(S_1(ṽ)) - log D_V(S_T(ṽ))
         self.discriminators.requires_grad_(False)
-        seen = see(fake, fake_view_g, self.noise_sigma)
+        fake = augment(fake, augmentation_g, self.noise_sigma)
         with self.autocast:
-            loss_g_image = bce(D_I(seen.frames), REAL_LABEL)
-            loss_g_video = bce(D_V(seen.windows), REAL_LABEL)
+            loss_g_image = bce(D_I(fake.frames), REAL_LABEL)
+            loss_g_video = bce(D_V(fake.windows), REAL_LABEL)
         (loss_g_image + loss_g_video).backward()
         self.optimizer_g.step()
 
@@ -351,7 +350,7 @@ def train(trainer, args, log, page, checkpoints, info, stop, evaluator=None):
             try:
                 rows = log.flush(epoch)
                 check_finite(rows)
-                bar.set_postfix_str(progress_line(rows[-1]), refresh=False)
+                bar.set_postfix_str(PROGRESS.format_map(rows[-1]), refresh=False)
                 bar.update(epoch - bar.n)
                 if sample_due:
                     save_samples(trainer, log, args.videos)
@@ -370,9 +369,3 @@ def train(trainer, args, log, page, checkpoints, info, stop, evaluator=None):
             if last:
                 break
             log.start_clock()
-
-
-def progress_line(row):
-    """The losses of an epoch, for the progress bar."""
-    d, g = ((row[f"loss_{side}_image"], row[f"loss_{side}_video"]) for side in "dg")
-    return "D: image {:.2f} video {:.2f} | G: image {:.2f} video {:.2f}".format(*d, *g)

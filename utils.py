@@ -63,18 +63,12 @@ def exit_with(status, line):
     try:
         print(line, file=sys.stderr, flush=True)
         print(end="", flush=True)
-    except OSError:  # nobody reads it
-        discard_output()
+    except OSError:  # nobody reads it: send all further output nowhere
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
     if not IN_IPYTHON:
         sys.exit(status)
-
-
-def discard_output():
-    """Send all further output nowhere: the terminal or the pipe is gone."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
-        os.dup2(null, descriptor)
-    os.close(null)
 
 
 def os_error_message(error):

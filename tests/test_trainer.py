@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import trainer as trainer_module
-from augment import see
+from augment import augment
 from benchmark import NaiveTrainer
 from data import Batch
 from logger import Logger
@@ -358,10 +358,10 @@ def test_average_begins_where_a_checkpoint_has_none(clips, trained):
     assert without.state()["average"] == {}
 
 
-def test_both_discriminators_see_what_the_options_say(clips, narrow):
+def test_both_discriminators_get_augmented_videos(clips, narrow):
     trainer = Trainer(clips, batch_size=2, noise_sigma=0.1, augment=True)
     trainer.train_epoch()
-    real, noise, frame_idx, views = trainer.sample_batch()
+    real, noise, frame_idx, augmentations = trainer.sample_batch()
     before = copy.deepcopy(trainer)
     images, windows = [], []
     for inputs, network in (
@@ -371,11 +371,11 @@ def test_both_discriminators_see_what_the_options_say(clips, narrow):
         network.main[0].register_forward_pre_hook(
             lambda _, x, inputs=inputs: inputs.append(x[0].detach().clone())
         )
-    trainer.update(real, noise, frame_idx, views)
+    trainer.update(real, noise, frame_idx, augmentations)
     v = Batch(real.windows / 127.5 - 1, real.frames / 127.5 - 1, None)
     fake = before.generate(noise, frame_idx)
-    seen = [see(batch, view, 0.1) for batch, view in zip((v, fake, fake), views)]
-    assert len(images) == len(windows) == len({str(view) for view in views}) == 3
+    seen = [augment(x, a, 0.1) for x, a in zip((v, fake, fake), augmentations)]
+    assert len(images) == len(windows) == len(set(map(str, augmentations))) == 3
     torch.testing.assert_close(images, [batch.frames.detach() for batch in seen])
     torch.testing.assert_close(windows, [batch.windows.detach() for batch in seen])
 
