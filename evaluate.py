@@ -74,8 +74,8 @@ def still_indices(frames):
 
 
 def thumbnails(images):
-    """(..., S, S, 3) uint8 to (..., 24 * 24 * 3) float32, on the CPU."""
-    small = F.adaptive_avg_pool2d(images.flatten(0, -4).movedim(-1, 1).float(), THUMBNAIL)
+    """(..., S, S, 3) uint8 to (..., 24 * 24 * 3) float32, around 0."""
+    small = F.adaptive_avg_pool2d(images.flatten(0, -4).movedim(-1, 1) - 127.5, THUMBNAIL)
     return small.reshape(*images.shape[:-3], -1)
 
 
@@ -106,11 +106,13 @@ class Evaluator:
 
     clips: a ClipDataset; networks: Features; num: videos on either side; seed: of the real windows,
     which are sampled as in training. What is computed of them is kept in the folder of the clips.
-    `real_metrics`: those of other real windows. Raises UserError if `num` is too small.
+    `real_metrics`: those of other real windows. Raises UserError if videos or clips are too few.
     """
 
     def __init__(self, clips, networks, num, seed=0, device="cpu"):
         self.clips, self.networks, self.num, self.device = clips, networks, num, device
+        if len(clips) < 2:
+            raise UserError(f"{clips.folder}: one clip alone cannot be measured against")
         for network in networks:
             if 5 * num < network.dim:
                 needed = f"it has {network.dim:,} features; take {-(-network.dim // 5)} or more"
@@ -192,11 +194,12 @@ def read_videos(folder, num, frames, size):
     are not S × S.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder of videos")
     sources, skipped = find_sources(folder, folder)
     videos, windows = {reader.path: reader for reader in sources.values()}, []
     arrays = [path for path in utils.files_below(folder) if path.suffix == ".npy"]
     for path in sorted([*videos, *arrays]):
+        before = len(windows)
         try:
             video = iter(videos[path] if path in videos else load_array(path))
             while len(window := list(itertools.islice(video, frames))) == frames:
@@ -206,6 +209,8 @@ def read_videos(folder, num, frames, size):
                 windows.append(torch.from_numpy(np.stack(window))[None])
                 if len(windows) == num:
                     return windows
+            if len(windows) == before:
+                skipped.append((path, f"fewer than {frames} frames"))
         except (TypeError, ValueError, Unusable) as reason:
             skipped.append((path, reason))
     for path, reason in skipped:
@@ -220,6 +225,8 @@ def find_generators(paths):
     files = []
     for path in paths:
         inside = {checkpoint.peek_epoch(file): file for file in sorted(path.glob("*.pt"))}
+        if damaged := inside.pop(float("inf"), None):
+            print(f"skipped {damaged}: damaged, or not a checkpoint of this program")
         files += [inside[epoch] for epoch in sorted(inside)] or [path]
     return files
 
@@ -251,9 +258,7 @@ def print_table(title, metrics, rows):
 def parse_args(argv=None):
     parser = Parser(prog="evaluate.py", description="Measure videos against the real clips.")
     add = parser.add_argument
-    add("--checkpoint", type=Path, nargs="+", help="files or folders; default: the newest")
     add("--raw", action="store_true", help="the weights as trained, not their average")
-    add("--fake", type=Path, help="a folder of videos made elsewhere, instead of a checkpoint")
     add("--data", type=Path, default="resized_data", help="folder of real clips, from resize.py")
     add("--num", type=number(int, 2, 20_000), default=2048, help="videos on either side")
     add("--frames", type=number(int, 16), default=16, help="of each video")
@@ -263,6 +268,9 @@ def parse_args(argv=None):
     add("--weights", type=Path, help="a TorchScript file of i3d, instead of the download")
     add("--json", type=Path, help="append a line for each generator to this file")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--checkpoint", type=Path, nargs="+", help="files or folders; default: the newest")
+    add("--fake", type=Path, help="a folder of videos made elsewhere")
     return parser.parse_args(argv)
 
 
@@ -271,6 +279,10 @@ def run(args):
     device = utils.pick_device(args.device)
     utils.set_up_device(device, deterministic=device.type == "cuda")
     clips = ClipDataset(args.data, args.frames)
+    for line in clips.skipped:
+        print(f"skipped {line}")
+    if args.json:
+        open(args.json, "a").close()  # an error comes before the work
     num, repeats = args.num, {}  # for each path, the batches of videos of each repeat
     if args.fake:
         repeats[args.fake] = [read_videos(args.fake, num, args.frames, clips.size)]
@@ -324,11 +336,16 @@ def run(args):
     for network in networks:
         names = [name for name in of_features if name.startswith(network.name)]
         print_table(network.name, names, rows)
-    print_table("", [name for name in evaluator.real_metrics if name not in of_features], rows)
+    print_table(
+        "pixels", [name for name in evaluator.real_metrics if name not in of_features], rows
+    )
     if len(repeats) > 1:
         print(f"\nbest: {best_row}, by {evaluator.criterion}")
-    save_pairs(PAIRS_PATH, clips, *found)
-    print(f"\n{PAIRS_PATH} shows the {PAIRS} videos that are nearest to a real window")
+    try:
+        save_pairs(PAIRS_PATH, clips, *found)
+        print(f"\n{PAIRS_PATH} shows the {PAIRS} videos that are nearest to a real window")
+    except OSError as error:
+        print(f"\nnote: no picture of the nearest windows: {utils.os_error_message(error)}")
 
 
 def main(argv=None):

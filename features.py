@@ -8,6 +8,7 @@ weights, the network, and a function from uint8 pixels, frames (N, 3, S, S) or c
 """
 
 import hashlib
+import warnings
 from pathlib import Path
 
 import torch
@@ -97,6 +98,8 @@ def load_i3d(_, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             torch.hub.download_url_to_file(I3D_URL, path, I3D_SHA256)
-    network = torch.jit.load(path, map_location="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated
+        network = torch.jit.load(path, map_location="cpu")
     options = {"rescale": True, "resize": True, "return_features": True}  # to [-1, 1] and 224×224
     return path, network, lambda x: network(x.float().transpose(1, 2), **options)

@@ -31,7 +31,7 @@ from utils import Parser, UserError, number
 from video import save_gif, video_grid
 
 UNRECORDED = ("pre_train", "data", "models", "videos", "seed")  # not settings of the training
-EVALUATED = 256  # videos measured by --evaluate-every
+NUM_EVALUATED = 256  # videos, by --evaluate-every
 
 
 def parse_args(argv=None):
@@ -71,6 +71,10 @@ def run(args, checkpoints, resume_command):
     for line in clips.skipped:
         print(f"skipped {line}")
 
+    evaluator = None
+    if args.evaluate_every:
+        networks = [Features("efficientnet_lite0", device)]
+        evaluator = Evaluator(clips, networks, NUM_EVALUATED, device=device)
     with (
         utils.lock_folders(args.models, args.videos),
         utils.graceful_stop(announce_stop) as stop,
@@ -93,10 +97,7 @@ def run(args, checkpoints, resume_command):
         for name, line in facts.items():
             print(f"{name:<10}{line}")
         save_gif(args.videos / "real.gif", video_grid(trainer.sample_real().numpy()))
-        evaluator = None
-        if args.evaluate_every:
-            networks = [Features("efficientnet_lite0", device)]
-            evaluator = Evaluator(clips, networks, EVALUATED, device=device)
+        if evaluator:
             metrics = (f"{name} {value:.4g}" for name, value in evaluator.real_metrics.items())
             facts["real"] = f"other real windows: {', '.join(metrics)}"
         page = Page(args.videos, args.epochs, facts)
@@ -137,9 +138,8 @@ def settings(args, clips, device, precision):
 def resume(trainer, checkpoints, info):
     """Load the newest intact checkpoint and report settings that changed.
 
-    Returns its history and its evaluations.
-
-    Raises UserError if there is none, or if it is of other networks.
+    Returns its history and its evaluations. Raises UserError if there is none, or if it is of other
+    networks.
     """
     state, damaged = checkpoints.load_latest()
     path, epoch = checkpoints.last

@@ -263,7 +263,9 @@ class Trainer:
         try:
             for name, network in self.networks.items():
                 network.load_state_dict(state["networks"][name])
-            if self.average and state.get("average"):  # else it begins with the next epoch
+            if self.average:  # it begins here, if the checkpoint has none
+                self.average.module.load_state_dict(self.generator.state_dict())
+            if self.average and state.get("average"):
                 self.average.module.motion_rnn.load_state_dict(state["average"]["R_M"])
                 self.average.module.image_generator.load_state_dict(state["average"]["G_I"])
                 self.average.n_averaged.fill_(state["n_averaged"])

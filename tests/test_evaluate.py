@@ -3,6 +3,7 @@
 import itertools
 import json
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -65,6 +66,11 @@ def test_acd_and_motion_of_known_videos(clips):
     assert rows["acd"][1] == pytest.approx(30 * 8 * 8 / (16 * 15 / 2))  # pairs that differ
     assert rows["motion"][1] == pytest.approx(10)  # of one channel in three
     assert rows["images"].shape == (2, 4, 32, 32, 3)
+
+
+def test_acd_of_a_frozen_video_is_zero_at_any_length():
+    colours = torch.tensor([[[101.3, 57.9, 203.1]]]).expand(2, 60, 3)
+    assert (evaluate.mean_pairwise_distance(colours) == 0).all()
 
 
 def test_nearest_windows_are_those_of_a_search_by_hand(clips):
@@ -152,8 +158,12 @@ def test_real_windows_are_described_once(clips, tmp_path, monkeypatch):
             with pytest.raises(TypeError):
                 Evaluator(clips, [Colours()], **{"num": 20, **other})
     (cache,) = (tmp_path / ".evaluation").iterdir()
-    cache.write_bytes(b"damaged")
-    assert Evaluator(clips, [Colours()], 20).real_metrics == first.real_metrics
+    for damage in (b"damaged", cache.read_bytes()[:-200]):
+        cache.write_bytes(damage)
+        assert Evaluator(clips, [Colours()], 20).real_metrics == first.real_metrics
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(checkpoint, "save", mock.Mock(side_effect=full))
+    assert Evaluator(clips, [Colours()], 20, seed=3).real_metrics != first.real_metrics
 
 
 def test_too_few_videos_are_refused(clips):
@@ -243,12 +253,21 @@ def test_videos_made_elsewhere_are_measured(clips, tmp_path, monkeypatch, capsys
         else:
             write_video(fake / f"{i}.mp4", clips.clip(i))
     (fake / "notes.txt").write_text("no video")
+    for name, array in (
+        ("object", np.array([{}])),
+        ("scalar", np.uint8(3)),
+        ("short", clips.clip(0)[:15]),
+    ):
+        np.save(fake / f"{name}.npy", array)
+    (fake / "empty.npy").touch()
     evaluate.main([f"--fake={fake}", f"--data={clips.folder}", f"--json={tmp_path / 'results'}"])
     record = json.loads((tmp_path / "results").read_text())
     (metrics,) = record["repeats"]
     assert record["n"] == sum(length // 16 for length in clips.lengths.tolist())
     assert metrics["memorised"] > 0.9 and metrics["nearest"] < 5 and record["epoch"] is None
-    assert str(fake) in capsys.readouterr().out
+    output = capsys.readouterr().out
+    for name in ("notes.txt", "object.npy", "scalar.npy", "short.npy", "empty.npy"):
+        assert f"skipped {fake / name}: " in output
     assert (tmp_path / "generated_videos" / "nearest.png").exists()
 
 
@@ -258,14 +277,25 @@ def test_bad_input_gets_one_line(models, clips_folder, tmp_path, monkeypatch, ca
     for name in ("empty", "other", "short"):
         (tmp_path / name).mkdir()
     np.save(tmp_path / "other" / "a.npy", np.zeros((20, 48, 48, 3), np.uint8))
+    for name, kind in (("float", np.float64), ("flat", np.uint8)):
+        (tmp_path / name).mkdir()
+        shape = (20, 32, 32, 3) if name == "float" else (20,)
+        np.save(tmp_path / name / "a.npy", np.zeros(shape, kind))
+    (tmp_path / "single").mkdir()
+    np.save(tmp_path / "single" / "a.npy", np.zeros((20, 32, 32, 3), np.uint8))
     np.save(tmp_path / "short" / "a.npy", np.zeros((15, 32, 32, 3), np.uint8))
     for args, line in (
         ([], "trained_models: no such file; train with main.py"),
         (["--checkpoint=empty"], "empty: no such file; train with main.py"),
         (["--checkpoint=other/a.npy"], "other/a.npy: damaged, or not a checkpoint"),
-        (["--fake=nowhere"], "nowhere: no such folder"),
+        (["--fake=nowhere"], "nowhere: no such folder of videos"),
         (["--fake=empty"], "empty: no videos of at least 16 frames"),
         (["--fake=short"], "short: no videos of at least 16 frames"),
+        (["--fake=float"], "float/a.npy: frames are float64 (32, 32, 3), not uint8 (32, 32, 3)"),
+        (["--fake=flat"], "flat/a.npy: frames are uint8 (), not uint8 (32, 32, 3)"),
+        (["--data=single", f"--checkpoint={models}"], "single: one clip alone cannot be measured"),
+        ([f"--checkpoint={models}", "--json=no/where"], "no/where: No such file or directory"),
+        ([f"--checkpoint={models}", "--fake=short"], "--fake: not allowed with argument --check"),
         (["--fake=other"], "other/a.npy: frames are uint8 (48, 48, 3), not uint8 (32, 32, 3)"),
         (["--data=other", f"--checkpoint={models}"], "checkpoint-000001.pt: 32 pixels, the clips"),
         (["--data=empty"], "empty: no usable clips"),
@@ -274,4 +304,17 @@ def test_bad_input_gets_one_line(models, clips_folder, tmp_path, monkeypatch, ca
         with pytest.raises(SystemExit) as exit:
             evaluate.main([f"--data={clips_folder}", *args])
         error = capsys.readouterr().err.strip()
-        assert exit.value.code == 2 and "\n" not in error and line in error, error
+        assert exit.value.code in (1, 2) and "\n" not in error and line in error, error
+
+
+def test_figures_are_printed_where_no_picture_can_be_written(
+    models, clips_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "Features", lambda *_: Colours())
+    (tmp_path / "generated_videos").touch()
+    (models / "rubbish.pt").write_bytes(b"rubbish")
+    evaluate.main([f"--data={clips_folder}", f"--checkpoint={models}", "--num=20", "--repeats=1"])
+    output = capsys.readouterr().out
+    assert "note: no picture of the nearest windows: " in output and "epoch 2,000" in output
+    assert f"skipped {models / 'rubbish.pt'}: " in output

@@ -95,7 +95,6 @@ def i3d_file(tmp_path_factory):
     return path
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_i3d_from_a_file_and_downloaded_once(hub, i3d_file, monkeypatch):
     x = windows()
     network = Features("i3d", weights=i3d_file)
@@ -117,7 +116,6 @@ def test_i3d_from_a_file_and_downloaded_once(hub, i3d_file, monkeypatch):
     assert Features("i3d").sha256 == network.sha256  # without the server
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_weights_that_are_none_or_cannot_be_fetched(hub, tmp_path, monkeypatch):
     (tmp_path / "text").write_text("no weights")
     for path in (tmp_path / "text", tmp_path / "nowhere", tmp_path):

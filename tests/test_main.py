@@ -237,7 +237,7 @@ class Colours:
 def test_evaluation_while_training(folders, clips_folder, monkeypatch):
     """It changes nothing in the training; best.pt and the figures survive a resume."""
     monkeypatch.setattr(main, "Features", Colours)
-    monkeypatch.setattr(main, "EVALUATED", 20)
+    monkeypatch.setattr(main, "NUM_EVALUATED", 20)
     folders.train("--epochs=5")
     plain = checkpoint.load(folders.models / "checkpoint.pt")
     folders.train("--epochs=5", "--evaluate-every=2")

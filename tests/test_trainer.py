@@ -351,6 +351,7 @@ def test_average_begins_where_a_checkpoint_has_none(clips, trained):
     old = {**trained.state(), "average": {}, "n_averaged": 0}
     resumed = Trainer(clips, batch_size=2)
     resumed.load_state(old)
+    assert_equal(resumed.average.module.state_dict(), trained.generator.state_dict())
     resumed.train_epoch()
     assert_equal(resumed.average.module.state_dict(), resumed.generator.state_dict())
     without = Trainer(clips, batch_size=2, ema=0)
