@@ -7,7 +7,7 @@
 
 Of features: the Fréchet distance (of Gaussians with their means and covariances; it grows where
 videos are few), the kernel distance (unbiased) and diversity. Of pixels: ACD, motion, and how near
-the nearest real window is. The row "real" is the floor: other windows of the same real clips.
+the nearest real window is. The column "real" is the floor: other windows of the same clips.
 """
 
 import contextlib
@@ -242,17 +242,13 @@ def save_pairs(path, clips, images, distance, clip, start):
         Image.fromarray(LabelledGrid(*labels, clips.size).frame(cells)).save(file, "PNG")
 
 
-def print_table(title, metrics, rows):
-    """Print the mean ± deviation of `metrics`, by name, of each of `rows`: lists of dicts."""
-    width = max(map(len, [title, *rows]))
-    headings = [metric.removeprefix(title + "_").replace("_", " ") for metric in metrics]
-    print(f"\n{title:{width}}" + "".join(f"{heading:>18}" for heading in headings))
-    for row, results in rows.items():
-        print(f"{row:{width}}", end="")
-        for values in ([result[metric] for result in results] for metric in metrics):
-            deviation = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
-            print(f"{f'{np.mean(values):.4g}{deviation}':>18}", end="")
-        print()
+def print_metrics(title, repeats, real):
+    """Print mean ± deviation of `repeats`, a list of metrics, beside the `real` ones."""
+    print(f"\n{title}\n{'':40}{'generated':>20}{'real':>15}")
+    for name in real:
+        values = [metrics[name] for metrics in repeats]
+        deviation = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
+        print(f"{name:40}{f'{np.mean(values):.4g}{deviation}':>20}{real[name]:15.4g}")
 
 
 def parse_args(argv=None):
@@ -275,7 +271,7 @@ def parse_args(argv=None):
 
 
 def run(args):
-    """Measure what `args` ask for; print the tables, append to --json, and write the pairs."""
+    """Measure what `args` ask for; print the metrics, append to --json, and write the pairs."""
     device = utils.pick_device(args.device)
     utils.set_up_device(device, deterministic=device.type == "cuda")
     clips = ClipDataset(args.data, args.frames)
@@ -300,16 +296,18 @@ def run(args):
     networks = [Features(name, device, args.weights) for name in dict.fromkeys(args.features)]
     evaluator = Evaluator(clips, networks, num, args.seed, device)
 
-    rows, best = {"real": [evaluator.real_metrics]}, (float("inf"),)
-    for path, sets in repeats.items():
+    print(f"{num:,} videos of {args.frames} frames, {clips.size}×{clips.size}, against {args.data}")
+    best = (float("inf"),)
+    for path, seeds in repeats.items():
         epoch = None if args.fake else checkpoint.peek_epoch(path)
-        row = str(path) if args.fake else f"{path}, epoch {epoch:,}"
-        rows[row] = []
-        for batches in sets:
-            metrics, found = evaluator.measure(batches, row)
-            rows[row].append(metrics)
-        score = np.mean([metrics[evaluator.criterion] for metrics in rows[row]])
-        best = min(best, (score, row, found), key=lambda entry: entry[0])
+        title = str(path) if args.fake else f"{path}, epoch {epoch:,}"
+        measured = []
+        for batches in seeds:
+            metrics, found = evaluator.measure(batches, title)
+            measured.append(metrics)
+        print_metrics(title, measured, evaluator.real_metrics)
+        score = np.mean([metrics[evaluator.criterion] for metrics in measured])
+        best = min(best, (score, title, found), key=lambda entry: entry[0])
         record = {
             "date": time.strftime("%Y-%m-%d"),
             "path": str(path),
@@ -324,23 +322,15 @@ def run(args):
             "device": device.type,
             "torch": str(torch.__version__),
             "real": evaluator.real_metrics,
-            "repeats": rows[row],
+            "repeats": measured,
         }
         if args.json:
             with open(args.json, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    _, best_row, found = best
-    print(f"{num:,} videos of {args.frames} frames, {clips.size}×{clips.size}, against {args.data}")
-    of_features = [name for name in evaluator.real_metrics if name.startswith(NETWORKS)]
-    for network in networks:
-        names = [name for name in of_features if name.startswith(network.name)]
-        print_table(network.name, names, rows)
-    print_table(
-        "pixels", [name for name in evaluator.real_metrics if name not in of_features], rows
-    )
+    _, title, found = best
     if len(repeats) > 1:
-        print(f"\nbest: {best_row}, by {evaluator.criterion}")
+        print(f"\nbest: {title}, by {evaluator.criterion}")
     try:
         save_pairs(PAIRS_PATH, clips, *found)
         print(f"\n{PAIRS_PATH} shows the {PAIRS} videos that are nearest to a real window")
