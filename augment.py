@@ -47,7 +47,7 @@ def augment(batch, augmentation, noise_sigma=0.0):
     """
     if augmentation is None:
         return batch
-    inputs = [x.float() if x.dtype == torch.bfloat16 else x for x in batch[:2]]
+    inputs = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in batch[:2]]
     if augmentation.flips is not None:
         inputs = [diff_augment(x, augmentation) for x in inputs]
     if augmentation.noise_seed is not None:

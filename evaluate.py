@@ -125,23 +125,24 @@ class Evaluator:
             content = checkpoint.load(path)["content"]
         except Exception:  # not there, or damaged
             rng = torch.Generator().manual_seed(seed)
-            (real, _), other = (self._describe_real(rng, n) for n in ("real", "real, others"))
-            content = real, *other
+            real, _ = self._describe_real(rng, "real clips")
+            other, clip = self._describe_real(rng, "other windows of them")
+            distances, _, _ = find_nearest(other.pop("images"), clips, own=clip)
+            del real["images"]
+            content = real, other, distances
             with contextlib.suppress(OSError):  # a folder that cannot be written to, a full disk
                 path.parent.mkdir(exist_ok=True)
                 checkpoint.save(path, {"epoch": 0, "content": content})
         self.real, other, distances = content
-        self.memorised = distances.quantile(0.01)  # nearer than this
+        self.memorised_threshold = distances.quantile(0.01)
         self.real_metrics = self._metrics(other, distances)
         self.criterion = next(iter(self.real_metrics))  # by which the best generator is chosen
 
     def _describe_real(self, rng, name):
-        """Describe real windows, and find their distances to other clips."""
+        """Sample and describe real windows. Returns what `_describe` does, and their clips."""
         clip, start, _ = self.clips.sample_indices(self.num, rng)
         batches = (self.clips.windows(c, s) for c, s in zip(clip.split(8), start.split(8)))
-        described = self._describe(batches, name)
-        distances, _, _ = find_nearest(described.pop("images"), self.clips, own=clip)
-        return described, distances
+        return self._describe(batches, name), clip
 
     @torch.no_grad()
     def _describe(self, batches, name):
@@ -173,7 +174,7 @@ class Evaluator:
         metrics["acd"] = videos["acd"].mean().item()
         metrics["motion"] = (videos["motion"].mean() / real["motion"].mean()).item()
         metrics["nearest"] = distances.median().item()
-        metrics["memorised"] = (distances < self.memorised).float().mean().item()
+        metrics["memorised"] = (distances < self.memorised_threshold).float().mean().item()
         return metrics
 
     def measure(self, batches, name=""):
@@ -199,16 +200,19 @@ def read_videos(folder, num, frames, size):
     videos, windows = {reader.path: reader for reader in sources.values()}, []
     arrays = [path for path in utils.files_below(folder) if path.suffix == ".npy"]
     for path in sorted([*videos, *arrays]):
+        if len(windows) == num:
+            break
         before = len(windows)
         try:
             video = iter(videos[path] if path in videos else load_array(path))
-            while len(window := list(itertools.islice(video, frames))) == frames:
+            while (
+                len(windows) < num
+                and len(window := list(itertools.islice(video, frames))) == frames
+            ):
                 if window[0].shape != (size, size, 3) or window[0].dtype != np.uint8:
                     kind = f"{window[0].dtype} {window[0].shape}"
                     raise UserError(f"{path}: frames are {kind}, not uint8 ({size}, {size}, 3)")
                 windows.append(torch.from_numpy(np.stack(window))[None])
-                if len(windows) == num:
-                    return windows
             if len(windows) == before:
                 skipped.append((path, f"fewer than {frames} frames"))
         except (TypeError, ValueError, Unusable) as reason:

@@ -39,7 +39,8 @@ class Features:
             network.to(device).eval()
             self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             blank = torch.zeros(1, 16, 32, 32, 3, dtype=torch.uint8, device=device)
-            self.dim = list(self(blank).values())[-1].shape[1]
+            features = self(blank)
+            self.dim = features.get("frames", features["clips"]).shape[1]
         except Exception as error:  # torch, urllib and http.client raise two dozen kinds
             reason = (
                 str(getattr(error, "reason", error)).strip().partition("\n")[0].partition(". ")[0]
@@ -92,7 +93,7 @@ def load_torchvision(name, _):
 
 
 def load_i3d(_, path):
-    """The features are the 400 log-odds, as in most papers' FVD."""
+    """The features are the 400 logits, as in most papers' FVD."""
     if path is None:
         path = Path(torch.hub.get_dir(), "checkpoints", "i3d_torchscript.pt")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -303,7 +303,11 @@ def save_samples(trainer, log, folder):
 
 
 def evaluate(trainer, evaluator, log, folder):
-    """Measure the generator, log it, and save it as best.pt into `folder` if it is the best."""
+    """Measure the generator, log it, and save it as best.pt into `folder` if it is the best.
+
+    Raises TrainingError if its weights are not finite.
+    """
+    trainer.state()
     with trainer.sampler() as generator:
         videos = sample_videos(generator, evaluator.num, trainer.clips.frames, trainer.seed)
         metrics, _ = evaluator.measure(videos)
@@ -325,8 +329,8 @@ def train(trainer, args, log, page, checkpoints, info, stop, evaluator=None):
 
     args: the options of main.py; log: a Logger; page: a Page; checkpoints: a Checkpoints; info:
     what a checkpoint holds besides the state; stop: once this list is not empty the epoch in hand
-    is the last one; evaluator: an Evaluator, if any is to be. Raises TrainingError, before it is
-    saved, at a metric that is not finite.
+    is the last one; evaluator: an Evaluator or None. Raises TrainingError, before it is saved, at a
+    metric that is not finite.
     """
     if not (args.videos / f"epoch-{trainer.epoch:06d}.gif").exists():
         save_samples(trainer, log, args.videos)

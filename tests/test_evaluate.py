@@ -271,6 +271,7 @@ def test_videos_made_elsewhere_are_measured(clips, tmp_path, monkeypatch, capsys
     output = capsys.readouterr().out
     for name in ("notes.txt", "object.npy", "scalar.npy", "short.npy", "empty.npy"):
         assert f"skipped {fake / name}: " in output
+    assert len(evaluate.read_videos(fake, 3, 16, 32)) == 3  # no more than are asked for
     assert (tmp_path / "generated_videos" / "nearest.png").exists()
 
 

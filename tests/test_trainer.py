@@ -392,3 +392,20 @@ def test_options_change_the_training_and_resume_exactly(clips, narrow):
         [resumed.train_epoch(), resumed.train_epoch()],
     )
     assert_equal(weights_of(trainer), weights_of(resumed))
+
+
+def test_weights_that_are_not_finite_are_never_the_best(trained, tmp_path):
+    evaluator = SimpleNamespace(num=2, criterion="distance")
+    evaluator.measure = lambda videos: ({"distance": float(len(list(videos)))}, None)
+    log = SimpleNamespace(evaluations=[])
+    log.add_evaluation = log.evaluations.append
+    trained.generator.motion_rnn.gru.bias_hh_l0.data[0] = float("nan")
+    with pytest.raises(TrainingError, match="weights or moments are not finite"):
+        trainer_module.evaluate(trained, evaluator, log, tmp_path)
+    assert not any(tmp_path.iterdir()) and not log.evaluations
+    trained.generator.motion_rnn.gru.bias_hh_l0.data[0] = 0
+    trainer_module.evaluate(trained, evaluator, log, tmp_path)
+    trained.epoch += 1
+    trainer_module.evaluate(trained, evaluator, log, tmp_path)  # as good as the first
+    assert checkpoint.load(tmp_path / "best.pt")["epoch"] == 1
+    assert [row["epoch"] for row in log.evaluations] == [1, 2]
