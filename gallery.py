@@ -26,7 +26,10 @@ class Page:
         self.folder, self.epochs, self.facts = folder, epochs, facts
 
     def write(self, epoch, log, state="training"):
-        """Write the page as of `epoch`. state: "training", or how it ended. Raises OSError."""
+        """Write the page as of `epoch`, and losses.png. Raises OSError.
+
+        state: "training", or how it ended.
+        """
         samples = self._samples(epoch)
         newest = max(samples, default=epoch)
         refresh = REFRESH if state == "training" else 0
@@ -37,8 +40,7 @@ class Page:
             newest=image_tag(self.folder / f"epoch-{newest:06d}.gif", "16 generated videos"),
             newest_epoch=f"{newest:,}",
             real=image_tag(self.folder / "real.gif", "16 real videos"),
-            curves=svg_tag(log.render("svg", "image"), "image losses")
-            + svg_tag(log.render("svg", "video"), "video losses"),
+            losses=base64.b64encode(log.plot()).decode(),
             evaluations=table(log.evaluations),
             timeline="\n".join(
                 f'<li><a href="{path.name}" data-epoch="{e}" data-name="{e:,}">'
@@ -65,11 +67,6 @@ class Page:
 def image_tag(path, text, lazy=False):
     """An img element for a GIF."""
     return f'<img src="{path.name}" alt="{text}" loading="{"lazy" if lazy else "eager"}">'
-
-
-def svg_tag(svg, text):
-    """An img element that holds a picture, the bytes of an SVG."""
-    return f'<img src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" alt="{text}">'
 
 
 def table(rows):

@@ -22,7 +22,7 @@ import utils
 from data import to_uint8
 from models import DIM_CONTENT, DIM_MOTION, DIM_NOISE, VideoGenerator
 from utils import Parser, UserError, number
-from video import FORMATS, RESAMPLE, LabelledGrid, enlarge, save_video
+from video import FORMATS, LabelledGrid, enlarge, save_video
 
 BLOCK = 64  # frames whose noise is sampled at once, the same for every length
 BATCH = 64  # frames rendered at once: more need more memory and are no faster
@@ -140,9 +140,7 @@ def sample_videos(generator, num, frames=16, seed=0):
         yield torch.from_numpy(np.stack(list(rendered), axis=1))
 
 
-def content_motion_grid(
-    generator, rows=4, columns=6, frames=16, seed=0, scale=1, resample="nearest"
-):
+def content_motion_grid(generator, rows=4, columns=6, frames=16, seed=0, scale=1):
     """A grid of videos with one content z_C per row and one motion per column (paper, figure 1).
 
     The contents and motions are the first of the seed, so row 1, column 1 is `video` 0. Yields
@@ -153,12 +151,10 @@ def content_motion_grid(
     z_content = sample_contents(seed, range(rows))[:, None].expand(-1, columns, -1)
     z_motion = motion_codes(generator, *sample_motion_noise(seed, range(columns), frames))
     z_motion = z_motion.expand(rows, -1, -1, -1)
-    return render_grid(generator, z_content, z_motion, labels, scale, resample)
+    return render_grid(generator, z_content, z_motion, labels, scale)
 
 
-def interpolation(
-    generator, what, rows=4, columns=6, frames=16, seed=0, scale=1, resample="nearest"
-):
+def interpolation(generator, what, rows=4, columns=6, frames=16, seed=0, scale=1):
     """Rows of videos that lead from one sample to another, with all else the same in all of them.
 
     what: "content" interpolates z_C, "motion" the noise of R_M (e and h0). Row r goes from sample
@@ -179,14 +175,14 @@ def interpolation(
         pairs = zip(*(sample_motion_noise(seed, indices, frames) for indices in (starts, ends)))
         noise = (interpolate(a, b, columns).flatten(0, 1) for a, b in pairs)
         z_motion = motion_codes(generator, *noise).unflatten(0, (rows, columns))
-    return render_grid(generator, z_content, z_motion, labels, scale, resample)
+    return render_grid(generator, z_content, z_motion, labels, scale)
 
 
-def render_grid(generator, z_content, z_motion, labels, scale, resample):
+def render_grid(generator, z_content, z_motion, labels, scale):
     """Render R × C videos into a LabelledGrid; see `render_frames`. Yields its frames."""
     grid = LabelledGrid(*labels, generator.size * scale)
     for cells in render_frames(generator, z_content, z_motion):
-        yield grid.frame(enlarge(cell, scale, resample) for cell in cells)
+        yield grid.frame(enlarge(cell, scale) for cell in cells)
 
 
 def parse_args(argv=None):
@@ -201,7 +197,6 @@ def parse_args(argv=None):
     add("--format", choices=FORMATS, default="gif", help="png: folders; npy: (n_frames, H, W, 3)")
     add("--out", type=Path, default="generated_videos/samples", help="folder for the videos")
     add("--scale", type=number(int, 1, 32), default=1, help="how many times as large")
-    add("--resample", choices=RESAMPLE, default="nearest", help="how to enlarge")
     add("--grid", choices=["content-motion"], help="one video: contents by row, motions by column")
     add("--interpolate", choices=["content", "motion"], help="one video: rows from A to B")
     add("--rows", type=number(int, 1, 100), default=4, help="rows of the grid")
@@ -212,7 +207,7 @@ def parse_args(argv=None):
 
 def requested_videos(args, generator):
     """Yield the name and the frames of each video that `args` ask for."""
-    options = args.rows, args.columns, args.frames, args.seed, args.scale, args.resample
+    options = args.rows, args.columns, args.frames, args.seed, args.scale
     if args.grid:
         yield args.grid, content_motion_grid(generator, *options)
     if args.interpolate:
@@ -220,7 +215,7 @@ def requested_videos(args, generator):
         yield name, interpolation(generator, args.interpolate, *options)
     for i in range(0 if args.grid or args.interpolate else args.num):
         frames = video(generator, args.frames, args.seed, i)
-        yield f"video-{i:04}", (enlarge(f, args.scale, args.resample) for f in frames)
+        yield f"video-{i:04}", (enlarge(frame, args.scale) for frame in frames)
 
 
 def run(args):

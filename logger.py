@@ -93,21 +93,16 @@ class Logger:
         rows = self.rows
         return {name: torch.tensor([row.get(name, np.nan) for row in rows]) for name in names}
 
-    def plot(self):
-        """Plot losses.png: the losses on images and on videos, side by side."""
-        with atomic_write(self.folder / "losses.png") as file:
-            file.write(self.render("png", "image", "video"))
-
     @matplotlib.style.context("default")  # whatever the user's matplotlibrc says
-    def render(self, file_format, *kinds):
-        """Plot the losses on each of `kinds`, "image" or "video": the bytes of a "png" or "svg".
+    def plot(self):
+        """Plot losses.png: the losses on images and on videos, side by side. Returns its bytes.
 
         Each epoch is faint, the running mean strong; at most some 1,000 points of each.
         """
-        figure = Figure(figsize=(5 * len(kinds), 4), layout="constrained")
+        figure = Figure(figsize=(12, 4), dpi=150, layout="constrained")
         step = max(1, len(self.rows) // 1000)
         width = max(1, min(10, len(self.rows) // 5), len(self.rows) // 50)
-        for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+        for axes, kind in zip(figure.subplots(1, 2), ("image", "video")):
             for name in (f"loss_d_{kind}", f"loss_g_{kind}") if self.rows else ():
                 values = np.array([row[name] for row in self.rows])
                 epochs = np.arange(1, len(values) + 1)
@@ -118,9 +113,10 @@ class Logger:
             axes.set(xlabel="epoch", ylabel="binary cross-entropy", title=f"{kind} losses")
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
-        file = io.BytesIO()
-        figure.savefig(file, format=file_format)
-        return file.getvalue()
+        figure.savefig(png := io.BytesIO(), format="png")
+        with atomic_write(self.folder / "losses.png") as file:
+            file.write(png.getvalue())
+        return png.getvalue()
 
     def __enter__(self):
         return self

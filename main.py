@@ -108,10 +108,8 @@ def run(args, checkpoints, resume_command):
                 train(trainer, args, log, page, checkpoints, info, stop, evaluator)
             except BaseException as error:
                 with contextlib.suppress(OSError):
-                    log.plot()
                     page.write(trainer.epoch, log, f"stopped by {error!r}")
                 raise
-            log.plot()
             done = trainer.epoch >= args.epochs
             page.write(trainer.epoch, log, "done" if done else "stopped")
     if done:

@@ -8,7 +8,6 @@ the front); lengths are in body heights; a phase p counts cycles of the movement
 """
 
 from collections import namedtuple
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -36,15 +35,9 @@ PEOPLE = (
 )
 
 
-@dataclass
-class Pose:
-    """A moment of a movement. The first of a pair is the right (or near) limb."""
-
-    arms: tuple  # two (upper arm, forearm)
-    legs: tuple  # two (thigh, shin)
-    lean: float = 0  # of the trunk
-    lift: float = 0  # of the lower foot off the ground
-    travel: float = 0  # distance from the start
+# A moment of a movement. arms: two (upper arm, forearm), legs: two (thigh, shin), the right or near
+# limb first; the lean of the trunk; the lift of the lower foot off the ground; the way travelled.
+Pose = namedtuple("Pose", "arms legs lean lift travel", defaults=(0, 0, 0))
 
 
 def wave(phase):
@@ -82,7 +75,6 @@ def stride(p):
 
 
 def skip(p):
-    """Hopping forward on one leg."""
     up = np.sin(np.pi * (p % 1))
     bend = 50 - 40 * up
     legs = (bend / 2, -bend / 2), (35 + 20 * up, -60 + 10 * up)
@@ -91,7 +83,6 @@ def skip(p):
 
 
 def jump(p):
-    """Leaping forward on both legs."""
     crouch, flight, high = leap(p)
     thigh = 8 + 50 * crouch + 30 * high
     legs = ((thigh, thigh - 14 - 90 * crouch - 50 * high),) * 2
@@ -101,14 +92,12 @@ def jump(p):
 
 
 def bend(p):
-    """Bending down to the floor and up again."""
     b = swell(p) ** 0.8
     legs = ((10 * b, -22 * b), (4 * b, -26 * b))
     return Pose(((4 + 20 * b, 10 + 22 * b), (-4 + 40 * b, 4 + 36 * b)), legs, lean=105 * b)
 
 
 def pjump(p):
-    """Jumping in place on both legs."""
     crouch, _, high = leap(p)
     arm, thigh = 8 + 14 * crouch + 22 * high, 4 + 30 * crouch
     leg = (thigh, 2 - 30 * crouch)
@@ -116,43 +105,39 @@ def pjump(p):
 
 
 def side(p):
-    """Galloping sideways."""
     o = swell(p)
     legs = ((2 + 26 * o, 2 + 22 * o),) * 2
     return Pose(((14 + 8 * o, 6 + 8 * o),) * 2, legs, lift=0.06 * (1 - o), travel=0.55 * p)
 
 
 def jack(p):
-    """Jumping jacks."""
     o = swell(p)
     arms, legs = ((12 + 140 * o, 10 + 160 * o),) * 2, ((2 + 26 * o, 2 + 24 * o),) * 2
     return Pose(arms, legs, lift=0.07 * wave(p) ** 2)
 
 
 def wave1(p):
-    """Waving one hand."""
     raised = 130 + 10 * wave(p), 178 + 48 * wave(p)
     return Pose((raised, (8, 4)), ((4, 3),) * 2)
 
 
 def wave2(p):
-    """Waving both hands."""
     raised = 112 + 36 * wave(p), 138 + 44 * wave(p)
     return Pose((raised, raised), ((4, 3),) * 2)
 
 
 # The movement, cycles per second, and whether it is seen from the front (limbs open sideways).
 MOVEMENTS = {
-    "bend": (bend, 0.4, False),
-    "jack": (jack, 0.95, True),
-    "jump": (jump, 1.2, False),
-    "pjump": (pjump, 1.5, True),
+    "bend": (bend, 0.4, False),  # to the floor and up again
+    "jack": (jack, 0.95, True),  # jumping jacks
+    "jump": (jump, 1.2, False),  # forward, on both legs
+    "pjump": (pjump, 1.5, True),  # in place, on both legs
     "run": (run, 1.35, False),
-    "side": (side, 1.7, True),
-    "skip": (skip, 1.9, False),
+    "side": (side, 1.7, True),  # galloping sideways
+    "skip": (skip, 1.9, False),  # forward, on one leg
     "walk": (walk, 0.95, False),
-    "wave1": (wave1, 1.3, True),
-    "wave2": (wave2, 1.0, True),
+    "wave1": (wave1, 1.3, True),  # one hand
+    "wave2": (wave2, 1.0, True),  # both hands
 }
 
 

@@ -363,7 +363,6 @@ def train(trainer, args, log, page, checkpoints, info, stop, evaluator=None):
                 if evaluation_due:
                     evaluate(trainer, evaluator, log, checkpoints.folder)
                 if now - page_written >= PAGE_INTERVAL or (sample_due and now - page_written >= 5):
-                    log.plot()
                     page.write(trainer.epoch, log)
                     page_written = now
             except OSError:  # a full disk, a broken pipe: do not lose what they were to show

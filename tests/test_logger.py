@@ -100,9 +100,8 @@ def test_logger_plots_the_losses_and_their_running_means(tmp_path, monkeypatch, 
             log.add(metrics(epoch))
         log.flush(100)
         log.add_image("samples", np.zeros((8, 8, 3), np.uint8), 100)
-        log.plot()
+        assert log.plot() == (tmp_path / "losses.png").read_bytes()
         axes = figures[-1].axes
-        assert b"<svg" in log.render("svg", "image")
     assert (np.array(Image.open(tmp_path / "losses.png")) != empty).mean() > 0.01
     assert sorted(path.name for path in tmp_path.iterdir()) == ["losses.csv", "losses.png"]
     for i, name in enumerate(NAMES[:4]):  # images on the left, videos on the right
