@@ -12,7 +12,6 @@ the nearest real window is. The column "real" is the floor: other windows of the
 
 import contextlib
 import hashlib
-import itertools
 import json
 import sys
 import time
@@ -197,31 +196,28 @@ def read_videos(folder, num, frames, size):
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of videos")
     sources, skipped = find_sources(folder, folder)
-    videos, windows = {reader.path: reader for reader in sources.values()}, []
+    readers, windows = {reader.path: reader for reader in sources.values()}, []
     arrays = [path for path in utils.files_below(folder) if path.suffix == ".npy"]
-    for path in sorted([*videos, *arrays]):
-        if len(windows) == num:
-            break
-        before = len(windows)
+    for path in sorted([*readers, *arrays]):
         try:
-            video = iter(videos[path] if path in videos else load_array(path))
-            while (
-                len(windows) < num
-                and len(window := list(itertools.islice(video, frames))) == frames
-            ):
-                if window[0].shape != (size, size, 3) or window[0].dtype != np.uint8:
-                    kind = f"{window[0].dtype} {window[0].shape}"
-                    raise UserError(f"{path}: frames are {kind}, not uint8 ({size}, {size}, 3)")
-                windows.append(torch.from_numpy(np.stack(window))[None])
-            if len(windows) == before:
-                skipped.append((path, f"fewer than {frames} frames"))
+            video = list(readers.get(path) or load_array(path))
         except (TypeError, ValueError, Unusable) as reason:
             skipped.append((path, reason))
+            continue
+        if len(video) < frames:
+            skipped.append((path, f"fewer than {frames} frames"))
+        elif video[0].shape != (size, size, 3) or video[0].dtype != np.uint8:
+            kind = f"{video[0].dtype} {video[0].shape}"
+            raise UserError(f"{path}: frames are {kind}, not uint8 ({size}, {size}, 3)")
+        starts = range(0, len(video) - frames + 1, frames)
+        windows += [torch.from_numpy(np.stack(video[s : s + frames]))[None] for s in starts]
+        if len(windows) >= num:
+            break
     for path, reason in skipped:
         print(f"skipped {path}: {reason}")
     if not windows:
         raise UserError(f"{folder}: no videos of at least {frames} frames")
-    return windows
+    return windows[:num]
 
 
 def find_generators(paths):
@@ -282,11 +278,12 @@ def run(args):
     for line in clips.skipped:
         print(f"skipped {line}")
     if args.json:
-        open(args.json, "a").close()  # an error comes before the work
-    num, repeats = args.num, {}  # for each path, the batches of videos of each repeat
+        args.json.touch()  # an error comes before the work
+    num, candidates = args.num, []  # path, epoch, and the videos of each repeat
     if args.fake:
-        repeats[args.fake] = [read_videos(args.fake, num, args.frames, clips.size)]
-        num = len(repeats[args.fake][0])
+        windows = read_videos(args.fake, num, args.frames, clips.size)
+        num = len(windows)
+        candidates.append((args.fake, None, [windows]))
     else:
         newest = generate.find_checkpoint(Path("trained_models"), ["checkpoint.pt"])
         for path in find_generators(args.checkpoint or [newest]):
@@ -294,52 +291,34 @@ def run(args):
             if generator.size != clips.size:
                 raise UserError(f"{path}: {generator.size} pixels, the clips have {clips.size}")
             seeds = range(args.seed, args.seed + args.repeats)
-            repeats[path] = [
-                generate.sample_videos(generator, num, args.frames, seed) for seed in seeds
-            ]
+            repeats = [generate.sample_videos(generator, num, args.frames, s) for s in seeds]
+            candidates.append((path, checkpoint.peek_epoch(path), repeats))
     networks = [Features(name, device, args.weights) for name in dict.fromkeys(args.features)]
     evaluator = Evaluator(clips, networks, num, args.seed, device)
+    record = {"date": time.strftime("%Y-%m-%d"), "n": num, "frames": args.frames}
+    record |= {"size": clips.size, "seed": args.seed, "raw": args.raw, "data": clips.fingerprint()}
+    record |= {"features": {network.name: network.sha256 for network in networks}}
+    record |= {"device": device.type, "torch": str(torch.__version__)}
 
     print(f"{num:,} videos of {args.frames} frames, {clips.size}×{clips.size}, against {args.data}")
     best = (float("inf"),)
-    for path, seeds in repeats.items():
-        epoch = None if args.fake else checkpoint.peek_epoch(path)
+    for path, epoch, repeats in candidates:
         title = str(path) if args.fake else f"{path}, epoch {epoch:,}"
-        measured = []
-        for batches in seeds:
-            metrics, found = evaluator.measure(batches, title)
-            measured.append(metrics)
+        measured, found = zip(*(evaluator.measure(videos, title) for videos in repeats))
         print_metrics(title, measured, evaluator.real_metrics)
-        score = np.mean([metrics[evaluator.criterion] for metrics in measured])
-        best = min(best, (score, title, found), key=lambda entry: entry[0])
-        record = {
-            "date": time.strftime("%Y-%m-%d"),
-            "path": str(path),
-            "epoch": epoch,
-            "raw": args.raw,
-            "data": clips.fingerprint(),
-            "n": num,
-            "frames": args.frames,
-            "size": clips.size,
-            "seed": args.seed,
-            "features": {network.name: network.sha256 for network in networks},
-            "device": device.type,
-            "torch": str(torch.__version__),
-            "real": evaluator.real_metrics,
-            "repeats": measured,
-        }
+        record |= {"path": str(path), "epoch": epoch}
+        record |= {"real": evaluator.real_metrics, "repeats": measured}
         if args.json:
             with open(args.json, "a") as file:
                 file.write(json.dumps(record) + "\n")
+        score = np.mean([metrics[evaluator.criterion] for metrics in measured])
+        best = min(best, (score, title, found[-1]), key=lambda entry: entry[0])
 
     _, title, found = best
-    if len(repeats) > 1:
+    if len(candidates) > 1:
         print(f"\nbest: {title}, by {evaluator.criterion}")
-    try:
-        save_pairs(PAIRS_PATH, clips, *found)
-        print(f"\n{PAIRS_PATH} shows the {PAIRS} videos that are nearest to a real window")
-    except OSError as error:
-        print(f"\nnote: no picture of the nearest windows: {utils.os_error_message(error)}")
+    save_pairs(PAIRS_PATH, clips, *found)
+    print(f"\n{PAIRS_PATH} shows the {PAIRS} videos that are nearest to a real window")
 
 
 def main(argv=None):

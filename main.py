@@ -154,9 +154,10 @@ def resume(trainer, checkpoints, info):
             was, is_now = (f"{data['clips']} with {data['frames']} frames" for data in (then, now))
             print(f"note: the clips have changed, in name or content: {was} then, {is_now} now")
         return state["history"], state.get("evaluations")
-    except (AttributeError, LookupError, TypeError, ValueError) as reason:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
         message = f"{path}: cannot resume from it ({reason}); leave --pre-train out to start again"
-        raise UserError(message) from reason
+        raise UserError(message) from error
 
 
 def describe(args, trainer, precision):

@@ -10,7 +10,7 @@ log-odds; G_I and R_M minimize -log D(ṽ) instead, the non-saturating form; and
 to look real is 0.9, not 1.
 """
 
-import contextlib
+import copy
 import math
 import time
 
@@ -205,22 +205,16 @@ class Trainer:
         self.epoch += 1
         return metrics
 
-    @contextlib.contextmanager
     def sampler(self):
-        """The generator to sample from: the average, where there is one, in evaluation mode."""
-        generator = self.average.module if self.average else self.generator
-        generator.eval()
-        try:
-            yield generator
-        finally:
-            self.generator.train()
+        """The generator to sample from, in evaluation mode: the average, or a copy of the other."""
+        return self.average.module if self.average else copy.deepcopy(self.generator).eval()
 
     @torch.no_grad()
     def sample(self):
         """Videos of `sampler` from the fixed noise: (16, T, S, S, 3) uint8, on the CPU."""
-        with self.sampler() as generator:
-            path = generator.path(*self.fixed_noise)
-            videos = [to_uint8(generator.render(z)) for z in path]  # one by one: less memory
+        generator = self.sampler()
+        path = generator.path(*self.fixed_noise)
+        videos = [to_uint8(generator.render(z)) for z in path]  # one by one: less memory
         return torch.stack(videos).permute(0, 1, 3, 4, 2).cpu()
 
     def sample_real(self):
@@ -258,33 +252,30 @@ class Trainer:
     def load_state(self, state):
         """Resume from what `state` returned, on any device.
 
-        Raises ValueError if it does not fit; discard the trainer then.
+        An error means that it does not fit; discard the trainer then.
         """
-        try:
-            for name, network in self.networks.items():
-                network.load_state_dict(state["networks"][name])
-            if self.average:  # it begins here, if the checkpoint has none
-                self.average.module.load_state_dict(self.generator.state_dict())
-            if self.average and state.get("average"):
-                self.average.module.motion_rnn.load_state_dict(state["average"]["R_M"])
-                self.average.module.image_generator.load_state_dict(state["average"]["G_I"])
-                self.average.n_averaged.fill_(state["n_averaged"])
-            for name in ("optimizer_d", "optimizer_g"):
-                # The moments are the checkpoint's, the options (lr) those of now.
-                optimizer = getattr(self, name)
-                options = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict({"state": state[name]["state"], "param_groups": options})
-                for param in optimizer.param_groups[0]["params"]:
-                    moments = optimizer.state[param]
-                    for key in ("exp_avg", "exp_avg_sq"):  # in the memory layout of `param` here
-                        moments[key] = torch.empty_like(param).copy_(moments[key])
-            if state["fixed_noise"][1].shape != self.fixed_noise[1].shape:
-                raise ValueError("it has another --frames")
-            self.fixed_noise = tuple(noise.to(self.device) for noise in state["fixed_noise"])
-            self.rng.set_state(state["rng"])
-            self.epoch, self.seed = state["epoch"], int(state["seed"])
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(" ".join(str(error).split())) from error
+        for name, network in self.networks.items():
+            network.load_state_dict(state["networks"][name])
+        if self.average:  # it begins here, if the checkpoint has none
+            self.average.module.load_state_dict(self.generator.state_dict())
+        if self.average and state.get("average"):
+            self.average.module.motion_rnn.load_state_dict(state["average"]["R_M"])
+            self.average.module.image_generator.load_state_dict(state["average"]["G_I"])
+            self.average.n_averaged.fill_(state["n_averaged"])
+        for name in ("optimizer_d", "optimizer_g"):
+            # The moments are the checkpoint's, the options (lr) those of now.
+            optimizer = getattr(self, name)
+            options = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state[name]["state"], "param_groups": options})
+            for param in optimizer.param_groups[0]["params"]:
+                moments = optimizer.state[param]
+                for key in ("exp_avg", "exp_avg_sq"):  # in the memory layout of `param` here
+                    moments[key] = torch.empty_like(param).copy_(moments[key])
+        if state["fixed_noise"][1].shape != self.fixed_noise[1].shape:
+            raise ValueError("it has another --frames")
+        self.fixed_noise = tuple(noise.to(self.device) for noise in state["fixed_noise"])
+        self.rng.set_state(state["rng"])
+        self.epoch, self.seed = state["epoch"], int(state["seed"])
 
 
 def check_finite(rows):
@@ -308,9 +299,8 @@ def evaluate(trainer, evaluator, log, folder):
     Raises TrainingError if its weights are not finite.
     """
     trainer.state()
-    with trainer.sampler() as generator:
-        videos = sample_videos(generator, evaluator.num, trainer.clips.frames, trainer.seed)
-        metrics, _ = evaluator.measure(videos)
+    videos = sample_videos(trainer.sampler(), evaluator.num, trainer.clips.frames, trainer.seed)
+    metrics, _ = evaluator.measure(videos)
     scores = [row[evaluator.criterion] for row in log.evaluations]
     log.add_evaluation({"epoch": trainer.epoch, **metrics})
     if metrics[evaluator.criterion] < min(scores, default=math.inf):

@@ -311,14 +311,17 @@ def test_bad_input_gets_one_line(models, clips_folder, tmp_path, monkeypatch, ca
         assert exit.value.code in (1, 2) and "\n" not in error and line in error, error
 
 
-def test_figures_are_printed_where_no_picture_can_be_written(
+def test_metrics_are_printed_where_no_picture_can_be_written(
     models, clips_folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "Features", lambda *_: Colours())
     (tmp_path / "generated_videos").touch()
     (models / "rubbish.pt").write_bytes(b"rubbish")
-    evaluate.main([f"--data={clips_folder}", f"--checkpoint={models}", "--num=20", "--repeats=1"])
-    output = capsys.readouterr().out
-    assert "note: no picture of the nearest windows: " in output and "epoch 2,000" in output
-    assert f"skipped {models / 'rubbish.pt'}: " in output
+    with pytest.raises(SystemExit):
+        evaluate.main(
+            [f"--data={clips_folder}", f"--checkpoint={models}", "--num=20", "--repeats=1"]
+        )
+    output, error = capsys.readouterr()
+    assert error.splitlines()[-1].startswith("evaluate.py: error: generated_videos: ")
+    assert f"skipped {models / 'rubbish.pt'}: " in output and "epoch 2,000" in output

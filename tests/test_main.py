@@ -117,7 +117,7 @@ def test_run_leaves_samples_and_metrics_by_name(finished):
     assert list(rows[0]) == ["epoch", *METRICS, "seconds"]
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
     assert all(0 < float(row[name]) < 50 for row in rows for name in METRICS)
-    assert Image.open(folders.models / "losses.png").size == (1000, 400)
+    assert Image.open(folders.models / "losses.png").size == (1800, 600)
     board = EventAccumulator(str(folders.models))
     board.Reload()
     for name in (*METRICS, "seconds"):
