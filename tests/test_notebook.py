@@ -159,10 +159,12 @@ def test_notebook_shows_gifs_inline(executed):
         assert samples.shape == real.shape == (16, 138, 138, 3)
         assert f"epoch-{epoch:06d}.gif" in shown[0]["text/html"] and real.std() > 20
         (losses,) = images(shown, "png")
-        assert Image.open(io.BytesIO(losses)).size == (1000, 400)
+        assert Image.open(io.BytesIO(losses)).size == (1800, 600)
     for cell, shape in (("grid", (16, 154, 222, 3)), ("interpolation", (16, 86, 222, 3))):
         (sheet,) = gifs(outputs(executed, cell)[1])
         assert sheet.shape == shape
+    (pairs,) = images(outputs(executed, "evaluate")[1], "png")
+    assert Image.open(io.BytesIO(pairs)).height > 10 * 32  # ten rows of pairs
     _, shown = outputs(executed, "long")
     assert any("data:video/mp4;base64," in data.get("text/html", "") for data in shown)
 
