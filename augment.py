@@ -36,11 +36,10 @@ def sample_augmentation(batch_size, size, rng, noise_sigma=0.0, augment=False):
         shifts = torch.randint(2 * (size // 8) + 1, (batch_size, 2), generator=rng)
     if noise_sigma:
         noise_seed = int(torch.randint(2**62, (), generator=rng))
-    is_on = augment or noise_sigma
-    return Augmentation(colours, flips, shifts, noise_seed) if is_on else None
+    return Augmentation(colours, flips, shifts, noise_seed) if augment or noise_sigma else None
 
 
-def augment(batch, augmentation, noise_sigma=0.0):
+def augment(batch, augmentation, sigma=0.0):
     """Augment `batch`, a Batch in [-1, 1]; augmentation: an Augmentation, or None for none.
 
     The noise is sampled on the device of `batch`, all else on the CPU.
@@ -52,10 +51,7 @@ def augment(batch, augmentation, noise_sigma=0.0):
         inputs = [diff_augment(x, augmentation) for x in inputs]
     if augmentation.noise_seed is not None:
         rng = torch.Generator(inputs[0].device).manual_seed(augmentation.noise_seed)
-        noise = (
-            torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype) for x in inputs
-        )
-        inputs = [x + noise_sigma * n for x, n in zip(inputs, noise)]
+        inputs = [x + sigma * torch.randn(x.shape, generator=rng, device=x.device) for x in inputs]
     return Batch(*inputs, batch.labels)
 
 

@@ -33,7 +33,9 @@ def set_up(args, batch_size, naive):
     device = torch.device(args.device)
     if not naive:
         utils.set_up_device(device)
-    trainer = Trainer(ClipDataset(args.data), batch_size, device=device, precision=args.precision)
+    options = {"lr": 2e-4, "seed": 0, "ema": 0, "noise_sigma": 0, "augment": False}
+    clips = ClipDataset(args.data)
+    trainer = Trainer(clips, batch_size, device=device, precision=args.precision, **options)
     if naive:
         trainer = NaiveTrainer(trainer)
     time_epochs(2)

@@ -4,7 +4,6 @@ A folder holds checkpoint.pt, the newest; checkpoint-previous.pt; and, with --ke
 checkpoint-005000.pt and so on. Each is a file of torch.save.
 """
 
-import shutil
 import zipfile
 
 import torch
@@ -19,10 +18,7 @@ class DamagedError(UserError):
 
 
 def save(path, content, previous=None):
-    """Atomically write `content`, a dict of plain values and tensors. Raises OSError.
-
-    previous: a path under which to keep the file that was at `path`, if there was one.
-    """
+    """Write `content`, a dict of plain values and tensors, as `atomic_write` does."""
     with atomic_write(path, previous) as file:
         try:
             torch.save({"format": FORMAT, **content}, file)
@@ -42,14 +38,12 @@ def load(path):
             if zipfile.ZipFile(file).testzip():  # torch.load does not look at the CRCs
                 raise zipfile.BadZipFile
             file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = dict(torch.load(file, map_location="cpu", weights_only=True))
+            version, _ = int(content["format"]), int(content["epoch"])
         except Exception as error:  # zipfile and torch raise a dozen kinds
             if is_out_of_memory(error):
                 raise
             raise DamagedError(f"{path}: damaged, or not a checkpoint of this program") from error
-    version = content.get("format") if isinstance(content, dict) else None
-    if not isinstance(version, int) or not isinstance(content.get("epoch"), int):
-        raise DamagedError(f"{path}: not a checkpoint of this program")
     if version != FORMAT:
         raise UserError(f"{path}: of another version of this program ({version}, not {FORMAT})")
     return content
@@ -110,8 +104,6 @@ class Checkpoints:
         save(self.newest, content, self.previous if newest_is_intact else None)
         self.last = self.newest, content["epoch"]
         if self.keep and numbered:
-            path = self.folder / f"checkpoint-{content['epoch']:06d}.pt"
-            with open(self.newest, "rb") as source, atomic_write(path) as target:
-                shutil.copyfileobj(source, target)
+            save(self.folder / f"checkpoint-{content['epoch']:06d}.pt", content)
             for old in [*self.numbered()[: -self.keep], *self.folder.glob("checkpoint-*.pt.part")]:
                 old.unlink()

@@ -54,7 +54,7 @@ class ClipDataset:
         for path in files_below(self.folder):
             if path.suffix == ".npy":
                 try:
-                    shapes[path] = clip_shape(load_array(path), frames)
+                    shapes[path] = load_clip(path, frames).shape
                 except ValueError as reason:
                     self.skipped.append(f"{path}: {reason}")
         sizes = Counter(shape[1] for shape in shapes.values())
@@ -84,24 +84,24 @@ class ClipDataset:
         Raises TrainingError if the file has changed since the data set was made.
         """
         try:
-            clip = load_array(self.paths[i])
-            if clip.dtype != np.uint8 or clip.shape != (self.lengths[i], self.size, self.size, 3):
-                raise ValueError(f"it is {clip.dtype} {clip.shape} now")
+            clip = load_clip(self.paths[i], self.frames)
+            if clip.shape[:2] != (self.lengths[i], self.size):
+                raise ValueError(f"it is {clip.shape} now")
         except ValueError as reason:
             raise TrainingError(f"{self.paths[i]} has changed: {reason}") from None
         return clip
 
     def windows(self, clip, start, length=None):
         """Windows of clips (B,) from frames (B,), T or `length` long: (B, T, S, S, 3) uint8."""
-        length, pairs = length or self.frames, zip(clip.tolist(), start.tolist())
-        return torch.from_numpy(np.stack([self.clip(c)[s : s + length] for c, s in pairs]))
+        length = length or self.frames
+        if self.pixels is None:
+            pairs = zip(clip.tolist(), start.tolist())
+            return torch.from_numpy(np.stack([self.clip(c)[s : s + length] for c, s in pairs]))
+        first = (self.lengths.cumsum(0) - self.lengths)[clip] + start
+        return self.pixels[(first[:, None] + torch.arange(length)).to(self.pixels.device)]
 
     def fingerprint(self):
-        """A hash that identifies the data: a dict of plain values.
-
-        The numbers of clips and frames, and the SHA-256 of the name, length, first and last frame
-        of every clip.
-        """
+        """Numbers of clips and frames, and a SHA-256 of names, lengths, first and last frames."""
         sha256 = hashlib.sha256()
         for i, name in enumerate(self.names):
             clip = self.clip(i)
@@ -110,7 +110,7 @@ class ClipDataset:
         return {"clips": len(self), "frames": self.num_frames, "sha256": sha256.hexdigest()}
 
     def to(self, device):
-        """Copy all frames to `device`, as uint8: `sample` then reads them there."""
+        """Copy all frames to `device`, as uint8: `windows` then reads them there."""
         clips = [torch.from_numpy(np.array(self.clip(i))) for i in range(len(self))]
         self.pixels = torch.cat(clips).to(device)
 
@@ -132,32 +132,17 @@ class ClipDataset:
         It is on the device of `to`, else on the CPU; channels lie last in memory.
         """
         clip, start, frame = self.sample_indices(batch_size, rng)
-        if self.pixels is not None:
-            offset = (self.lengths.cumsum(0) - self.lengths)[clip]  # where the clip begins
-            window_idx = (offset + start)[:, None] + torch.arange(self.frames)
-            device = self.pixels.device
-            windows = self.pixels[window_idx.to(device)]
-            frames = self.pixels[(offset + frame).to(device)]
-        else:
-            windows = self.windows(clip, start)
-            frames = self.windows(clip, frame, length=1)[:, 0]
+        windows, frames = self.windows(clip, start), self.windows(clip, frame, length=1)[:, 0]
         return Batch(windows.permute(0, 4, 1, 2, 3), frames.permute(0, 3, 1, 2), self.labels[clip])
 
 
-def load_array(path):
-    """Memory-map a .npy file. Raises ValueError if it holds no plain array."""
+def load_clip(path, frames):
+    """Memory-map a .npy file. Raises ValueError if it is no clip of at least `frames` frames."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # NumPy raises a dozen kinds for a damaged header
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"cannot be read ({reason})") from None
-    if not isinstance(array, np.memmap):
-        raise ValueError("not a single array")
-    return array
-
-
-def clip_shape(array, frames):
-    """The shape of `array`. Raises ValueError if it is no clip of at least `frames` frames."""
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         raise ValueError(f"{array.dtype} {array.shape}, not uint8 (n_frames, S, S, 3)")
     length, height, width, _ = array.shape
@@ -165,4 +150,4 @@ def clip_shape(array, frames):
         raise ValueError(f"frames of {width}×{height}, not square, of 32, 48, ... or 256")
     if length < frames:
         raise ValueError(f"{length} frames, shorter than a window of {frames}")
-    return array.shape
+    return array

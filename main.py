@@ -24,7 +24,7 @@ from checkpoint import Checkpoints
 from data import ClipDataset
 from evaluate import Evaluator
 from features import Features
-from gallery import Page
+from gallery import write_page
 from logger import Logger
 from trainer import Trainer, train
 from utils import Parser, UserError, number
@@ -32,6 +32,7 @@ from video import save_gif, video_grid
 
 UNRECORDED = ("pre_train", "data", "models", "videos", "seed")  # not settings of the training
 NUM_EVALUATED = 256  # videos, by --evaluate-every
+STOPPING = "stopping after this epoch, and saving (Ctrl-C again: at once, unsaved)"
 
 
 def parse_args(argv=None):
@@ -75,10 +76,7 @@ def run(args, checkpoints, resume_command):
     if args.evaluate_every:
         networks = [Features("efficientnet_lite0", device)]
         evaluator = Evaluator(clips, networks, NUM_EVALUATED, device=device)
-    with (
-        utils.lock_folders(args.models, args.videos),
-        utils.graceful_stop(announce_stop) as stop,
-    ):
+    with utils.lock_folders(args.models, args.videos), utils.graceful_stop(STOPPING) as stop:
         recipe = args.ema, args.noise_sigma, args.augment
         trainer = Trainer(clips, args.batch_size, args.lr, args.seed, device, precision, *recipe)
         info = {"settings": settings(args, clips, device, precision), "data": clips.fingerprint()}
@@ -93,25 +91,24 @@ def run(args, checkpoints, resume_command):
             for path in utils.archive_run(args.models, args.videos):
                 print(f"moved an older run to {path}")
 
-        facts = describe(args, trainer, precision)
+        facts = describe(args, trainer, info["settings"])
         for name, line in facts.items():
             print(f"{name:<10}{line}")
         save_gif(args.videos / "real.gif", video_grid(trainer.sample_real().numpy()))
         if evaluator:
             metrics = (f"{name} {value:.4g}" for name, value in evaluator.real_metrics.items())
             facts["real"] = f"other real windows: {', '.join(metrics)}"
-        page = Page(args.videos, args.epochs, facts)
         with Logger(args.models, history, evaluations) as log:
             if log.board_error:
                 print(f"note: nothing goes to TensorBoard ({log.board_error})")
             try:
-                train(trainer, args, log, page, checkpoints, info, stop, evaluator)
+                train(trainer, args, log, facts, checkpoints, info, stop, evaluator)
             except BaseException as error:
                 with contextlib.suppress(OSError):
-                    page.write(trainer.epoch, log, f"stopped by {error!r}")
+                    write_page(args, trainer.epoch, log, facts, f"stopped by {error!r}")
                 raise
             done = trainer.epoch >= args.epochs
-            page.write(trainer.epoch, log, "done" if done else "stopped")
+            write_page(args, trainer.epoch, log, facts, "done" if done else "stopped")
     if done:
         print(f"done: {args.videos / f'epoch-{trainer.epoch:06d}.gif'}, {checkpoints.newest}")
     else:
@@ -155,35 +152,30 @@ def resume(trainer, checkpoints, info):
             print(f"note: the clips have changed, in name or content: {was} then, {is_now} now")
         return state["history"], state.get("evaluations")
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if utils.is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())
         message = f"{path}: cannot resume from it ({reason}); leave --pre-train out to start again"
         raise UserError(message) from error
 
 
-def describe(args, trainer, precision):
+def describe(args, trainer, settings):
     """What is trained, on what, and where to look: a dict of lines by subject."""
-    device, clips = trainer.device, trainer.clips
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    if device.type == "cpu":
-        where += f", {torch.get_num_threads()} threads"
+    clips = trainer.clips
+    where = settings["gpu"] or f"{settings['device']}, {settings['threads']} threads"
     actions = f"{len(clips.actions)} actions ({' '.join(clips.actions)})"
     sizes = (
         f"{name} {sum(param.numel() for param in net.parameters()):,}"
         for name, net in trainer.networks.items()
     )
     return {
-        "device": f"{where}, {precision}",
+        "device": f"{where}, {settings['precision']}",
         "data": f"{args.data}: {len(clips)} clips, {clips.num_frames} frames of "
         f"{clips.size}×{clips.size}, {actions if clips.actions else 'no action folders'}",
         "networks": f"{', '.join(sizes)} parameters",
         "output": f"{args.videos}/index.html shows the run, checkpoints are in {args.models}",
         "training": f"batch {args.batch_size}, epoch {trainer.epoch} of {args.epochs}",
     }
-
-
-def announce_stop():
-    message = "stopping after this epoch, and saving (Ctrl-C again: at once, unsaved)"
-    print(f"\n{message}", file=sys.stderr, flush=True)
 
 
 def main(argv=None):

@@ -135,12 +135,10 @@ class VideoGenerator(nn.Module):
         (B, K, 10) with K = length, and the first state h0 (B, 10).
         """
         device = next(self.parameters()).device
-        shapes = (
-            (batch_size, DIM_CONTENT),
-            (batch_size, length, DIM_NOISE),
-            (batch_size, DIM_MOTION),
-        )
-        return tuple(torch.randn(shape, generator=rng).to(device) for shape in shapes)
+        z_content = torch.randn(batch_size, DIM_CONTENT, generator=rng)
+        e = torch.randn(batch_size, length, DIM_NOISE, generator=rng)
+        h0 = torch.randn(batch_size, DIM_MOTION, generator=rng)
+        return z_content.to(device), e.to(device), h0.to(device)
 
     def path(self, z_content, e, h0):
         """The path [z_C ; z_M(1)] ... [z_C ; z_M(K)]: (B, K, 60), from `sample_noise`."""

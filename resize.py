@@ -29,6 +29,7 @@ if __name__ == "__main__":  # a notebook may hold other modules of these names, 
 
 import synthetic
 import utils
+from data import load_clip
 from utils import Parser, UserError, number
 from video import IMAGES, FrameReader, Unusable, image_kind, save_npy
 
@@ -37,7 +38,6 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # a bad file g
 MIN_FRAMES = 16  # the window of the video discriminator
 SYNTHETIC = Path(synthetic.__file__)  # the source of all synthetic clips
 URL = "https://www.wisdom.weizmann.ac.il/~vision/VideoAnalysis/Demos/SpaceTimeActions/DB"
-ACTIONS = ("bend", "jack", "jump", "pjump", "run", "side", "skip", "walk", "wave1", "wave2")
 
 
 def resize_frame(frame, size=96):
@@ -121,7 +121,7 @@ def find_sources(raw, out, fps=None):
 def synthetic_sources():
     """The nine synthetic people doing the ten actions, as `find_sources` gives real clips."""
     sources = {}
-    for action, who in itertools.product(ACTIONS, synthetic.PEOPLE):
+    for action, who in itertools.product(synthetic.MOVEMENTS, synthetic.PEOPLE):
         frames = synthetic.render_clip(who, action)
         sources[Path(action, f"{who.name}_{action}.npy")] = FrameReader(SYNTHETIC, frames=frames)
     return sources
@@ -174,13 +174,12 @@ def convert(sources, out, size=96, every=1, fps=None):
 def is_up_to_date(path, size, source, settings):
     """Whether `path` is an intact array of frames of that size, newer than its source."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        intact = array.dtype == np.uint8 and array.shape[1:] == (size, size, 3)
+        same_size = load_clip(path, MIN_FRAMES).shape[1] == size
         files = settings, source, *(source.iterdir() if source.is_dir() else ())
         # The later of two times: a file that is moved here may keep the time of its content.
         made, *times = (max(s.st_mtime_ns, s.st_ctime_ns) for s in map(os.stat, (path, *files)))
-        return intact and len(array) >= MIN_FRAMES and made > max(times)
-    except Exception:  # NumPy raises a dozen kinds for a damaged file
+        return same_size and made > max(times)
+    except (OSError, ValueError):
         return False
 
 
@@ -195,7 +194,7 @@ def download(raw, url=URL):
     Raises UserError if one cannot be downloaded or is damaged.
     """
     socket.setdefaulttimeout(30)  # seconds without anything from the server
-    for action in ACTIONS:
+    for action in synthetic.MOVEMENTS:
         archive = raw / f"{action}.zip"
         source = f"{url.rstrip('/')}/{archive.name}"
         try:

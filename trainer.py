@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import checkpoint
 from augment import augment, sample_augmentation
 from data import Batch, to_float, to_uint8
+from gallery import write_page
 from generate import sample_videos
 from models import ImageDiscriminator, VideoDiscriminator, VideoGenerator
 from utils import TrainingError, progress_bar
@@ -50,24 +51,13 @@ class Trainer:
     precision: "fp32" or "bf16", of G_I, D_I and D_V; R_M and the losses stay float32.
     ema: the decay of the exponential moving average of R_M and G_I, `average`, an AveragedModel;
     0: there is none.
-    noise_sigma, augment: augmentation of what D_I and D_V get, see augment.py; off by default.
+    noise_sigma, augment: augmentation of what D_I and D_V get, see augment.py.
 
     All random numbers but the pixels' noise are sampled on the host, so a seed means the same on
     every device.
     """
 
-    def __init__(
-        self,
-        clips,
-        batch_size=16,
-        lr=2e-4,
-        seed=0,
-        device="cpu",
-        precision="fp32",
-        ema=0.999,
-        noise_sigma=0.0,
-        augment=False,
-    ):
+    def __init__(self, clips, batch_size, lr, seed, device, precision, ema, noise_sigma, augment):
         self.clips, self.batch_size, self.seed = clips, batch_size, seed
         self.ema, self.noise_sigma, self.augment = ema, noise_sigma, augment
         self.device = device = torch.device(device)
@@ -75,9 +65,9 @@ class Trainer:
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.generator = VideoGenerator(clips.size)
-            self.image_discriminator = ImageDiscriminator(clips.size)
-            self.video_discriminator = VideoDiscriminator(clips.size, clips.frames)
+            self.generator = VideoGenerator(clips.size).to(device)
+            self.image_discriminator = ImageDiscriminator(clips.size).to(device)
+            self.video_discriminator = VideoDiscriminator(clips.size, clips.frames).to(device)
         discriminators = self.image_discriminator, self.video_discriminator
         self.discriminators = torch.nn.ModuleList(discriminators)
         self.networks = {
@@ -86,9 +76,7 @@ class Trainer:
             "D_I": self.image_discriminator,
             "D_V": self.video_discriminator,
         }
-        self.generator.to(self.device)
-        self.discriminators.to(self.device)
-        if self.device.type != "mps":  # where Conv3d was wrong in this layout: pytorch#141471
+        if device.type != "mps":  # where Conv3d was wrong in this layout: pytorch#141471
             self.generator.to(memory_format=torch.channels_last)
             self.image_discriminator.to(memory_format=torch.channels_last)
             self.video_discriminator.to(memory_format=torch.channels_last_3d)
@@ -127,18 +115,12 @@ class Trainer:
         return real, noise, frame_idx.to(self.device), augmentations
 
     def generate(self, noise, frame_idx):
-        """Generate videos, only the frames that S_T and S_1 take from them: a Batch in [-1, 1].
-
-        noise, frame_idx: as from `sample_batch`.
-        """
+        """Generate the frames that S_T and S_1 take, from `sample_batch`: a Batch in [-1, 1]."""
         path = self.generator.path(*noise)
         z = path.gather(1, frame_idx[..., None].expand(-1, -1, path.shape[2]))
-        windows, frames = z[:, :-1], z[:, -1]
         with self.autocast:  # one pass of G_I over all frames: its BatchNorm sees them together
-            rendered = self.generator.render(torch.cat([windows.flatten(0, 1), frames]))
-        windows, frames = rendered.split([windows.shape[:2].numel(), len(frames)])
-        windows = windows.unflatten(0, (len(frames), -1)).transpose(1, 2)
-        return Batch(windows, frames, labels=None)
+            frames = self.generator.render(z)
+        return Batch(frames[:, :-1].transpose(1, 2), frames[:, -1], labels=None)
 
     def update(self, real, noise, frame_idx, augmentations=(None, None, None)):
         """One alternating update (paper, section 3.2) on what `sample_batch` returned.
@@ -206,8 +188,10 @@ class Trainer:
         return metrics
 
     def sampler(self):
-        """The generator to sample from, in evaluation mode: the average, or a copy of the other."""
-        return self.average.module if self.average else copy.deepcopy(self.generator).eval()
+        """The generator to sample from, in evaluation mode: the average; without one, a copy."""
+        if self.average:
+            return self.average.module
+        return copy.deepcopy(self.generator).to(self.device).eval()
 
     @torch.no_grad()
     def sample(self):
@@ -232,11 +216,10 @@ class Trainer:
             "rng": self.rng.get_state(),
             "fixed_noise": self.fixed_noise,
         }
-        networks = [*state["networks"].values(), *state["average"].values()]
-        tensors = [t for net in networks for t in net.values()]
-        for optimizer in (state["optimizer_d"], state["optimizer_g"]):
-            tensors += [t for moments in optimizer["state"].values() for t in moments.values()]
-        if not all(tensor.isfinite().all() for tensor in tensors):
+        groups = [*state["networks"].values(), *state["average"].values()]
+        for optimizer in (self.optimizer_d, self.optimizer_g):
+            groups += optimizer.state.values()
+        if not all(tensor.isfinite().all() for group in groups for tensor in group.values()):
             raise TrainingError(f"epoch {self.epoch}: weights or moments are {NOT_FINITE}")
         return state
 
@@ -250,18 +233,14 @@ class Trainer:
         return {**state, "n_averaged": int(self.average.n_averaged) if self.average else 0}
 
     def load_state(self, state):
-        """Resume from what `state` returned, on any device.
-
-        An error means that it does not fit; discard the trainer then.
-        """
+        """Resume from what `state` returned, on any device. If it raises, discard the trainer."""
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
         if self.average:  # it begins here, if the checkpoint has none
-            self.average.module.load_state_dict(self.generator.state_dict())
-        if self.average and state.get("average"):
-            self.average.module.motion_rnn.load_state_dict(state["average"]["R_M"])
-            self.average.module.image_generator.load_state_dict(state["average"]["G_I"])
-            self.average.n_averaged.fill_(state["n_averaged"])
+            average = state.get("average") or state["networks"]
+            self.average.module.motion_rnn.load_state_dict(average["R_M"])
+            self.average.module.image_generator.load_state_dict(average["G_I"])
+            self.average.n_averaged.fill_(state.get("n_averaged", 0))
         for name in ("optimizer_d", "optimizer_g"):
             # The moments are the checkpoint's, the options (lr) those of now.
             optimizer = getattr(self, name)
@@ -294,11 +273,8 @@ def save_samples(trainer, log, folder):
 
 
 def evaluate(trainer, evaluator, log, folder):
-    """Measure the generator, log it, and save it as best.pt into `folder` if it is the best.
-
-    Raises TrainingError if its weights are not finite.
-    """
-    trainer.state()
+    """Measure the generator, log it, and save it as best.pt into `folder` if it is the best."""
+    trainer.state()  # raises TrainingError if a weight is not finite
     videos = sample_videos(trainer.sampler(), evaluator.num, trainer.clips.frames, trainer.seed)
     metrics, _ = evaluator.measure(videos)
     scores = [row[evaluator.criterion] for row in log.evaluations]
@@ -314,13 +290,12 @@ def save_checkpoint(trainer, log, checkpoints, info, numbered=False):
     checkpoints.save(content, numbered)
 
 
-def train(trainer, args, log, page, checkpoints, info, stop, evaluator=None):
+def train(trainer, args, log, facts, checkpoints, info, stop, evaluator=None):
     """Train up to epoch `args.epochs`, with samples, logs and checkpoints on the way.
 
-    args: the options of main.py; log: a Logger; page: a Page; checkpoints: a Checkpoints; info:
-    what a checkpoint holds besides the state; stop: once this list is not empty the epoch in hand
-    is the last one; evaluator: an Evaluator or None. Raises TrainingError, before it is saved, at a
-    metric that is not finite.
+    args: the options of main.py; facts: lines about the run; info: what a checkpoint holds besides
+    the state; stop: once this list is not empty the epoch in hand is the last one. Raises
+    TrainingError, before it is saved, at a metric that is not finite.
     """
     if not (args.videos / f"epoch-{trainer.epoch:06d}.gif").exists():
         save_samples(trainer, log, args.videos)
@@ -333,12 +308,11 @@ def train(trainer, args, log, page, checkpoints, info, stop, evaluator=None):
         for epoch in range(trainer.epoch + 1, args.epochs + 1):
             log.add(trainer.train_epoch())
             now = time.perf_counter()
-            last = epoch == args.epochs or bool(stop)
+            final = epoch == args.epochs
+            last = final or bool(stop)
             numbered = epoch % args.checkpoint_every == 0
-            sample_due = epoch % args.sample_every == 0 or epoch == args.epochs
-            evaluation_due = evaluator and (
-                epoch % args.evaluate_every == 0 or epoch == args.epochs
-            )
+            sample_due = final or epoch % args.sample_every == 0
+            evaluation_due = evaluator and (final or epoch % args.evaluate_every == 0)
             save_due = last or numbered or now - saved >= 60 * args.checkpoint_minutes
             if not (sample_due or evaluation_due or save_due or now - log.clock >= LOG_INTERVAL):
                 continue
@@ -353,7 +327,7 @@ def train(trainer, args, log, page, checkpoints, info, stop, evaluator=None):
                 if evaluation_due:
                     evaluate(trainer, evaluator, log, checkpoints.folder)
                 if now - page_written >= PAGE_INTERVAL or (sample_due and now - page_written >= 5):
-                    page.write(trainer.epoch, log)
+                    write_page(args, epoch, log, facts)
                     page_written = now
             except OSError:  # a full disk, a broken pipe: do not lose what they were to show
                 save_checkpoint(trainer, log, checkpoints, info)

@@ -85,8 +85,7 @@ def os_error_message(error):
 def is_out_of_memory(error):
     """Whether `error` says that the memory of the host or of a device is full."""
     phrases = "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED"
-    says_so = isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
-    return says_so or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,10 +118,10 @@ def progress_bar(*iterable, **options):
 
 
 @contextlib.contextmanager
-def graceful_stop(announce):
+def graceful_stop(message):
     """Catch SIGINT, SIGTERM and SIGHUP (not on Windows); yield the list of those that came.
 
-    `announce` is called at each. Ctrl-C after any of them raises KeyboardInterrupt. Signals that
+    `message` is printed at each. Ctrl-C after any of them raises KeyboardInterrupt. Signals that
     are ignored (nohup) stay ignored.
     """
     received = []
@@ -132,7 +131,7 @@ def graceful_stop(announce):
             raise KeyboardInterrupt
         received.append(number)
         with contextlib.suppress(RuntimeError, OSError):  # it interrupted another print
-            announce()
+            print(f"\n{message}", file=sys.stderr, flush=True)
 
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
     caught = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
@@ -270,9 +269,7 @@ def archive_run(*folders):
     The date is that of its newest file. Returns the subfolders; none if there was no run.
     """
     files = {path for f in folders for pattern in RUN_FILES for path in f.glob(pattern)}
-    if not files:
-        return []
-    newest = max(path.stat().st_mtime for path in files)
+    newest = max((path.stat().st_mtime for path in files), default=0)
     name = datetime.fromtimestamp(newest).strftime("%Y-%m-%d_%H-%M-%S")
     while any((folder / name).exists() for folder in folders):
         name += "_"

@@ -167,8 +167,7 @@ def ffmpeg():
 def save_video(path, frames, fps=25):
     """Write a video in the format of its suffix: .gif, .mp4, .npy; none: a folder of PNGs.
 
-    frames: iterable of (H, W, 3) uint8, RGB. Raises UserError where the format cannot do it,
-    OSError if it cannot be written.
+    Raises UserError where the format cannot do it, OSError if it cannot be written.
     """
     savers = {".gif": save_gif, ".mp4": save_mp4, ".npy": save_npy, "": save_png}
     path = Path(path)
@@ -225,25 +224,18 @@ def save_mp4(path, frames, fps=25):
 
 def save_npy(path, frames, fps=25):
     """Write the array (n_frames, H, W, 3) uint8 as np.save does. It does not keep the fps."""
-
-    def write_header(length):  # equally long for any length: NumPy leaves room for it to grow
-        header = {"descr": "|u1", "fortran_order": False, "shape": (length, *frame.shape)}
-        np.lib.format.write_array_header_1_0(file, header)
-
     with atomic_write(path) as file:
-        for length, frame in enumerate(frames, start=1):
-            if length == 1:
-                write_header(length)
+        file.seek(128)  # past NumPy's header, which is as long for any number of frames
+        for frame in frames:
             file.write(np.ascontiguousarray(frame))
+        shape = (file.tell() - 128) // frame.nbytes, *frame.shape
         file.seek(0)
-        write_header(length)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
 
 
 def save_png(path, frames, fps=25):
-    """Write a folder of frame-00000.png and so on, which do not keep the fps.
-
-    In an existing folder, old frames are removed first; other files stay.
-    """
+    """Write frame-00000.png and so on into a folder, in place of older ones, without the fps."""
     path.mkdir(exist_ok=True)
     for old in path.glob("frame-*.png"):
         old.unlink()
@@ -252,20 +244,12 @@ def save_png(path, frames, fps=25):
 
 
 def video_grid(videos, columns=4):
-    """Videos side by side, with 2 white pixels around each.
-
-    videos: (B, K, S, S, 3) uint8; returns (K, H, W, 3) uint8.
-    """
+    """Videos, (B, K, S, S, 3) uint8, side by side, 2 white pixels apart: (K, H, W, 3) uint8."""
     from torchvision.utils import make_grid  # it takes seconds, and resize.py does not need it
 
     frames = torch.from_numpy(videos).permute(1, 0, 4, 2, 3)
     grids = [make_grid(f, columns, padding=2, pad_value=255) for f in frames]
     return torch.stack(grids).permute(0, 2, 3, 1).numpy()
-
-
-def enlarge(frame, scale):
-    """A frame, (H, W, 3) uint8, with each pixel `scale` times as wide and high."""
-    return frame.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 class LabelledGrid:

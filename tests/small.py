@@ -58,10 +58,17 @@ def make_small(set_attribute=setattr):
         set_attribute(trainer, name, small(getattr(models, name)))
 
 
+def new_trainer(clips, **options):
+    """A Trainer of batches of two, or with other `options`."""
+    defaults = {"batch_size": 2, "lr": 2e-4, "seed": 0, "device": "cpu", "precision": "fp32"}
+    defaults |= {"ema": 0.999, "noise_sigma": 0.0, "augment": False}
+    return trainer.Trainer(clips, **{**defaults, **options})
+
+
 def train(argv=None):
     """main.main, small, on one thread, and without plots, which would take most of the time."""
     torch.set_num_threads(1)
-    logger.Logger.render = lambda *_: b""
+    logger.Logger.plot = lambda *_: b""
     make_small()
     main.main(argv)
 

@@ -76,7 +76,7 @@ def test_noise_is_normal_and_fresh_for_every_pixel(both):
         assert torch.corrcoef(windows.transpose(0, 2).flatten(1))[0, 1].abs() < 0.05
     assert torch.equal(
         augment(real, augmentations[0], 0.1).windows, augmented[0].windows
-    )  # a augmentation is all there is
+    )  # an augmentation is all there is
     assert not torch.equal(augmented[0].windows, augmented[1].windows)
 
 

@@ -86,7 +86,7 @@ def test_load_runs_nothing(path, tmp_path, dump):
 
 
 def test_load_refuses_what_is_no_checkpoint(path):
-    for value in (torch.zeros(3), {"epoch": 3}, {"format": "4", "epoch": 3}, {"format": FORMAT}):
+    for value in (torch.zeros(3), {"epoch": 3}, {"format": FORMAT}):
         torch.save(value, path)
         with pytest.raises(DamagedError, match="not a checkpoint of this program"):
             checkpoint.load(path)

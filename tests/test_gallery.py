@@ -15,7 +15,7 @@ from playwright.sync_api import expect, sync_playwright
 
 import gallery
 import main
-from gallery import Page
+from gallery import write_page
 from logger import Logger
 from video import save_gif
 
@@ -145,36 +145,37 @@ def make_gif(path, level):
 
 @pytest.fixture
 def running(tmp_path):
-    """The page of a run of 1,000 epochs, in a folder with a name that needs care, and its log."""
+    """The folder, with a name that needs care, of a run; what writes its page; and its log."""
     folder = tmp_path / "100 % <b>&amp;"
     folder.mkdir()
     for name in ("real", "epoch-000000"):
         make_gif(folder / f"{name}.gif", 99)
     facts = {"data": "a <script>alert(1)</script> & b", "\udcff": "no valid text"}
     with Logger(tmp_path) as log:
-        yield Page(folder, 1000, facts), log
+        args = SimpleNamespace(videos=folder, epochs=1000)
+        yield folder, lambda epoch, *state: write_page(args, epoch, log, facts, *state), log
 
 
 def test_page_reloads_while_the_run_goes_on(running, open_page, monkeypatch):
-    page, log = running
-    path = page.folder / "index.html"
+    folder, write, log = running
+    path = folder / "index.html"
     monkeypatch.setattr(gallery, "REFRESH", 1)
-    page.write(0, log)
+    write(0)
     view = open_page(path)
     assert view.text("b") == "epoch 0 of 1,000" and "training" in view.text("header")
     assert view.text("dd") == "a <script>alert(1)</script> & b"
-    make_gif(page.folder / "epoch-000500.gif", 200)
-    make_gif(page.folder / "epoch-000750.gif", 200)  # of a later epoch than the run is at
+    make_gif(folder / "epoch-000500.gif", 200)
+    make_gif(folder / "epoch-000750.gif", 200)  # of a later epoch than the run is at
     names = [f"loss_{side}_{kind}" for side in "dg" for kind in ("image", "video")]
     for _ in range(500):
         log.add(dict.fromkeys(names, torch.tensor(1.0)))
     log.flush(500)
-    page.write(500, log)
+    write(500)
     view.tab.wait_for_selector("text=epoch 500 of 1,000")
     shown = [src for src, _ in view.pictures() if src.startswith("epoch")]
     assert shown == ["epoch-000500.gif", "epoch-000000.gif", "epoch-000500.gif"]
     # a run that ends says how, and the page does not reload any more
-    page.write(500, log, "stopped by RuntimeError: out of <memory>")
+    write(500, "stopped by RuntimeError: out of <memory>")
     view.tab.wait_for_selector("text=stopped by RuntimeError: out of <memory>")
     view.tab.evaluate("window.not_reloaded = true")
     time.sleep(1.5)
@@ -182,23 +183,23 @@ def test_page_reloads_while_the_run_goes_on(running, open_page, monkeypatch):
 
 
 def test_page_says_that_a_run_may_have_been_cut_off(running, open_page, monkeypatch):
-    page, log = running
+    folder, write, _ = running
     monkeypatch.setattr(gallery, "time", SimpleNamespace(time=lambda: 1e9))  # in 2001
-    page.write(0, log)
-    view = open_page(page.folder / "index.html")
+    write(0)
+    view = open_page(folder / "index.html")
     assert re.search(r"no news for \d+ minutes, the run may have been cut", view.text("#age"))
-    page.write(400, log, "stopped")
-    view.tab.goto((page.folder / "index.html").as_uri())
+    write(400, "stopped")
+    view.tab.goto((folder / "index.html").as_uri())
     assert view.text("header").startswith("MoCoGAN epoch 400 of 1,000, stopped as of ")
     assert "no news" not in view.text("header")
 
 
 def test_page_survives_damaged_pictures(running):
-    page, log = running
+    folder, write, _ = running
     for name in ("epoch-000001.gif", "epoch-x.gif", "epoch-99999999.gif", "epoch--3.gif"):
-        (page.folder / name).write_bytes(b"")
-    (page.folder / "real.gif").unlink()
-    page.write(10, log)
-    text = (page.folder / "index.html").read_text(encoding="utf-8")
+        (folder / name).write_bytes(b"")
+    (folder / "real.gif").unlink()
+    write(10)
+    text = (folder / "index.html").read_text(encoding="utf-8")
     shown = re.findall(r'src="(epoch-[^"]*)"', text)
     assert shown == [f"epoch-00000{n}.gif" for n in (1, 0, 1)] and "real.gif" in text

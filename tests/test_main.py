@@ -235,7 +235,7 @@ class Colours:
 
 
 def test_evaluation_while_training(folders, clips_folder, monkeypatch):
-    """It changes nothing in the training; best.pt and the figures survive a resume."""
+    """It changes nothing in the training; best.pt and the metrics survive a resume."""
     monkeypatch.setattr(main, "Features", Colours)
     monkeypatch.setattr(main, "NUM_EVALUATED", 20)
     folders.train("--epochs=5")
@@ -257,7 +257,7 @@ def test_evaluation_while_training(folders, clips_folder, monkeypatch):
         if epochs[-1] == 5:
             torch.testing.assert_close(state["networks"], plain["networks"], rtol=0, atol=0)
             folders.train("--epochs=8", "--evaluate-every=2", "--pre-train=1")
-    # The figures are those of the averaged generator, measured by itself.
+    # The metrics are those of the averaged generator, measured by itself.
     generator = trainer.VideoGenerator(32)
     generator.motion_rnn.load_state_dict(best["average"]["R_M"])
     generator.image_generator.load_state_dict(best["average"]["G_I"])

@@ -413,7 +413,8 @@ def test_synthetic_people_do_what_the_action_says(action):
 
 def test_synthetic_and_real_clips_do_not_mix(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(synthetic, "PEOPLE", synthetic.PEOPLE[:1])
-    monkeypatch.setattr(resize, "ACTIONS", ("run", "walk"))
+    two = {action: synthetic.MOVEMENTS[action] for action in ("run", "walk")}
+    monkeypatch.setattr(synthetic, "MOVEMENTS", two)
     raw, out = tmp_path / "raw", tmp_path / "out"
     args = "--raw", raw, "--out", out, "--size", 32
     resized(capsys, "--synthetic", *args)

@@ -8,6 +8,7 @@ import small
 import torch
 from conftest import DEVICES
 from naive import NaiveTrainer
+from small import new_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
@@ -31,7 +32,7 @@ def narrow(monkeypatch):
 
 @pytest.fixture
 def trained(clips, narrow):
-    trainer = Trainer(clips, batch_size=2)
+    trainer = new_trainer(clips)
     trainer.train_epoch()
     return trainer
 
@@ -58,7 +59,7 @@ def test_update_equals_the_naive_one(clips, narrow, device, dtype, tolerance, mo
     exact = dtype == torch.float64
     if exact:
         monkeypatch.setattr(trainer_module, "to_float", lambda x: x.double() / 127.5 - 1)
-    trainer = Trainer(clips, batch_size=3, device=device)
+    trainer = new_trainer(clips, batch_size=3, device=device)
     for network in trainer.networks.values():
         network.to(dtype)
     for epoch in range(4):
@@ -148,7 +149,7 @@ def test_update_never_waits_for_the_device(trained):
 def test_bfloat16_is_near_float32(clips, narrow, device):
     metrics = {}
     for precision in ("fp32", "bf16"):
-        trainer = Trainer(clips, batch_size=2, device=device, precision=precision)
+        trainer = new_trainer(clips, device=device, precision=precision)
         metrics[precision] = trainer.train_epoch()
         assert all(value.dtype == torch.float32 for value in metrics[precision].values())
         assert all(weight.dtype == torch.float32 for weight in trainer.generator.parameters())
@@ -161,7 +162,7 @@ def test_generated_windows_and_frames_lie_as_in_real_clips(clips, narrow):
     start, frame = [0, 5, 20], [9, 3, 40]
     clips.sample = lambda *_: Batch(*torch.zeros(3))
     clips.sample_indices = lambda *_: (None, torch.tensor(start), torch.tensor(frame))
-    _, (_, e, _), frame_idx, _ = Trainer(clips, batch_size=3).sample_batch()
+    _, (_, e, _), frame_idx, _ = new_trainer(clips, batch_size=3).sample_batch()
     assert frame_idx.tolist() == [[*range(s, s + 16), f] for s, f in zip(start, frame)]
     assert e.shape[:2] == (3, 41)
 
@@ -169,7 +170,7 @@ def test_generated_windows_and_frames_lie_as_in_real_clips(clips, narrow):
 def test_seed_decides_everything(clips, narrow):
     def train_two(seed, global_seed):
         torch.manual_seed(global_seed)
-        trainer = Trainer(clips, batch_size=2, seed=seed)
+        trainer = new_trainer(clips, seed=seed)
         return [trainer.train_epoch(), trainer.train_epoch(), weights_of(trainer)]
 
     first = train_two(seed=7, global_seed=0)
@@ -195,7 +196,7 @@ def test_training_resumes_exactly_from_a_file(clips, trained, tmp_path):
     for moments in state["optimizer_d"]["state"].values():
         moments["exp_avg"] = moments["exp_avg"].contiguous()  # as it is on Apple's GPU
     checkpoint.save(tmp_path / "checkpoint.pt", state)
-    resumed, slower = Trainer(clips, batch_size=2, seed=99), Trainer(clips, lr=1e-4)
+    resumed, slower = new_trainer(clips, seed=99), new_trainer(clips, lr=1e-4)
     resumed.load_state(checkpoint.load(tmp_path / "checkpoint.pt"))
     slower.load_state(state)
     assert_equal(resumed.state()["average"], trained.state()["average"])
@@ -223,7 +224,7 @@ def test_state_that_is_not_finite_is_refused(trained):
 
 
 def test_state_that_does_not_fit_is_refused(clips, trained):
-    state, untrained = trained.state(), Trainer(clips, batch_size=2)
+    state, untrained = trained.state(), new_trainer(clips)
     for change in (
         {"rng": None},
         {"networks": {**state["networks"], "D_I": state["networks"]["D_V"]}},
@@ -232,7 +233,7 @@ def test_state_that_does_not_fit_is_refused(clips, trained):
         {"fixed_noise": trained.generator.sample_noise(16, 18, trained.rng)},  # another T
     ):
         with pytest.raises((LookupError, RuntimeError, TypeError, ValueError)):
-            Trainer(clips, batch_size=2).load_state({**state, **change})
+            new_trainer(clips).load_state({**state, **change})
 
 
 class Quick:
@@ -261,8 +262,10 @@ def loop(tmp_path, monkeypatch):
     def run(**options):
         args = {"sample_every": 9999, "checkpoint_every": 9999, "checkpoint_minutes": 60, **options}
         args = SimpleNamespace(videos=tmp_path, **args)
-        page = SimpleNamespace(write=lambda epoch, _: loop.pages.append(epoch))
-        train(loop.trainer, args, loop.log, page, loop.checkpoints, {"info": 1}, loop.stop)
+        train(loop.trainer, args, loop.log, {}, loop.checkpoints, {"info": 1}, loop.stop)
+
+    def write_page(args, epoch, *_):
+        loop.pages.append(epoch)
 
     def save(content, numbered):
         assert len(content["history"]["epoch"]) == content["epoch"] and content["info"] == 1
@@ -270,6 +273,7 @@ def loop(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     loop = SimpleNamespace(run=run, trainer=Quick(), stop=[], saved={}, pages=[], seconds=0.001)
+    monkeypatch.setattr(trainer_module, "write_page", write_page)
     monkeypatch.setattr("time.perf_counter", lambda: loop.trainer.epoch * loop.seconds)
     loop.checkpoints = SimpleNamespace(folder=tmp_path, save=save)
     with Logger(tmp_path) as loop.log:
@@ -327,7 +331,7 @@ def test_train_saves_before_an_error_of_a_gif_ends_it(loop, monkeypatch):
 
 
 def test_average_equals_a_loop_by_hand_and_leaves_the_training_as_it_is(clips, narrow):
-    trainer, plain = Trainer(clips, batch_size=2, ema=0.3), Trainer(clips, batch_size=2, ema=0)
+    trainer, plain = new_trainer(clips, ema=0.3), new_trainer(clips, ema=0)
     average = None
     for n in range(5):
         assert_equal(trainer.train_epoch(), plain.train_epoch())
@@ -348,18 +352,18 @@ def test_average_equals_a_loop_by_hand_and_leaves_the_training_as_it_is(clips, n
 
 def test_average_begins_where_a_checkpoint_has_none(clips, trained):
     old = {**trained.state(), "average": {}, "n_averaged": 0}
-    resumed = Trainer(clips, batch_size=2)
+    resumed = new_trainer(clips)
     resumed.load_state(old)
     assert_equal(resumed.average.module.state_dict(), trained.generator.state_dict())
     resumed.train_epoch()
     assert_equal(resumed.average.module.state_dict(), resumed.generator.state_dict())
-    without = Trainer(clips, batch_size=2, ema=0)
+    without = new_trainer(clips, ema=0)
     without.load_state(trained.state())
     assert without.state()["average"] == {}
 
 
 def test_both_discriminators_get_augmented_videos(clips, narrow):
-    trainer = Trainer(clips, batch_size=2, noise_sigma=0.1, augment=True)
+    trainer = new_trainer(clips, noise_sigma=0.1, augment=True)
     trainer.train_epoch()
     real, noise, frame_idx, augmentations = trainer.sample_batch()
     before = copy.deepcopy(trainer)
@@ -382,9 +386,9 @@ def test_both_discriminators_get_augmented_videos(clips, narrow):
 
 def test_options_change_the_training_and_resume_exactly(clips, narrow):
     options = {"batch_size": 2, "noise_sigma": 0.1, "augment": True}
-    trainer, plain = Trainer(clips, **options), Trainer(clips, batch_size=2)
+    trainer, plain = new_trainer(clips, **options), new_trainer(clips)
     assert trainer.train_epoch() != plain.train_epoch()
-    resumed = Trainer(clips, **options)
+    resumed = new_trainer(clips, **options)
     resumed.load_state(copy.deepcopy(trainer.state()))
     assert_equal(
         [trainer.train_epoch(), trainer.train_epoch()],

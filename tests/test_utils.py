@@ -1,6 +1,7 @@
 import errno
 import os
 import signal
+import sys
 from datetime import datetime
 from unittest import mock
 
@@ -65,18 +66,20 @@ def handlers():
         signal.signal(which, handler)
 
 
-def test_graceful_stop_notes_signals_and_restores_handlers(handlers):
-    before, announced = handlers(), mock.Mock(side_effect=OSError("broken pipe"))
-    with graceful_stop(announced) as received:
+def test_graceful_stop_notes_signals_and_restores_handlers(handlers, monkeypatch):
+    before, stderr = handlers(), mock.Mock()
+    stderr.write.side_effect = OSError("broken pipe")
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with graceful_stop("stopping") as received:
         for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(os.getpid(), which)
         assert received == [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-        assert announced.call_count == 3
+        assert stderr.write.call_args_list == 3 * [mock.call("\nstopping")]
         with pytest.raises(KeyboardInterrupt):  # only a second Ctrl-C is urgent
             os.kill(os.getpid(), signal.SIGINT)
     assert handlers() == before
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    with graceful_stop(announced) as received:
+    with graceful_stop("stopping") as received:
         os.kill(os.getpid(), signal.SIGHUP)
         assert received == []
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageSequence
 
 import video
 from utils import UserError
-from video import FrameReader, LabelledGrid, Unusable, enlarge, save_video
+from video import FrameReader, LabelledGrid, Unusable, save_video
 
 
 def moving_square(frames, height=24, width=40):
@@ -153,12 +153,6 @@ def test_save_mp4_raises_if_ffmpeg_fails(tmp_path, monkeypatch):
             save_video(tmp_path / "b.mp4", iter(frames))
         assert error.value.filename == str(tmp_path / "b.mp4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "ffmpeg"]
-
-
-def test_enlarge_repeats_pixels():
-    frame = moving_square(1)[0]
-    assert np.array_equal(enlarge(frame, 1), frame)
-    assert np.array_equal(enlarge(frame, 3), np.kron(frame, np.ones((3, 3, 1), np.uint8)))
 
 
 @pytest.mark.parametrize("size", [64, 192])
