@@ -1,5 +1,3 @@
-import os
-
 import numpy as np
 import pytest
 
@@ -7,9 +5,8 @@ import benchmark
 
 
 @pytest.fixture
-def flags(tmp_path, monkeypatch):
+def flags(tmp_path):
     """Flags for small clips on the CPU."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "clips").mkdir()
     for i in range(3):
         clip = np.random.default_rng(i).integers(0, 256, (18 + i, 32, 32, 3), np.uint8)
@@ -50,11 +47,9 @@ def test_benchmark_compares_the_epoch_with_the_naive_one(flags, capsys):
         ("--batch-size=0", "argument --batch-size: "),
         ("--device=tpu", "--device tpu: "),
         ("--data=nowhere", "nowhere: no such folder"),
-        ("--turns=1", "batch 16: a process ended; is there enough memory?"),
     ],
 )
-def test_benchmark_fails_in_one_line(flags, capsys, monkeypatch, flag, message):
-    monkeypatch.setattr(benchmark, "set_up", os.abort)  # which takes no arguments
+def test_benchmark_fails_in_one_line(flags, capsys, flag, message):
     with pytest.raises(SystemExit) as exit_:
         benchmark.main([*flags, flag])
     error = capsys.readouterr().err
